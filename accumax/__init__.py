@@ -1,0 +1,10 @@
+"""The same update as the big batch, at the memory of one microbatch."""
+
+from ._accumulate import accumulate as accumulate
+from ._accumulate import flush as flush
+from ._accumulate import has_updated as has_updated
+from ._train_step import apply_gradients as apply_gradients
+from ._train_step import train_step as train_step
+from ._window import AccumulateState as AccumulateState
+
+__version__ = "0.1.0"

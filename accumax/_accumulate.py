@@ -1,0 +1,213 @@
+"""Gradient accumulation as an Optax transformation."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from ._accumulator import Sums, accumulator
+from ._types import DTypeLike, NonFinite, PyTree, Reduction, Schedule
+from ._window import (
+    AccumulateState,
+    Progress,
+    Window,
+    check_length,
+    is_state,
+    window_of,
+)
+
+
+def accumulate(
+    inner: optax.GradientTransformation,
+    every: int | Schedule,
+    *,
+    reduction: Reduction = "mean",
+    accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
+    nonfinite: NonFinite = "propagate",
+    averaged_args: tuple[str, ...] = (),
+) -> optax.GradientTransformationExtraArgs:
+    r"""Accumulates gradients over `every` calls, then runs `inner` once on their mean.
+
+    Over a window of calls with gradients :math:`g_i` and weights :math:`w_i`, `inner`
+    sees
+
+    .. math:: \frac{\sum_i w_i g_i}{\sum_i w_i}, \qquad \sum_i g_i \quad\text{or}\quad
+       \frac{\sum_i g_i}{\sum_i w_i}
+
+    for the reductions "mean", "sum" and "mean_of_sums". Every other call emits -0.0,
+    which leaves each parameter as it is to the bit, and does not run `inner` (under
+    vmap, and where XLA:GPU flattens the conditional, its arithmetic runs without
+    effect; `accumax.apply_gradients` and `accumax.train_step` avoid that).
+
+    The sum is kept in `accumulator_dtype` and `inner` sees the mean in at least
+    float32. The updates come out in the dtypes that `inner` gives for such gradients,
+    and its state keeps its dtypes. Leaves without a gradient (None, float0,
+    `optax.MaskedNode`, integers, static leaves) are hidden from `inner` and come out as
+    they went in.
+
+    `update` takes the keyword arguments `weight=1.0`, how many items (examples, tokens)
+    the gradient stands for; `flush=False`, a () bool that closes the window with this
+    call; and those of `inner`, which reach it at the boundary.
+
+    Args:
+      inner: the transformation to run once per window. Clipping inside, as in
+        `accumulate(optax.chain(clip, adam), 8)`, clips the big batch's gradient.
+      every: the window's length in calls, static: an integer of at least 1, or a
+        schedule from the gradient step, () int32, to the length. If the length shrinks
+        within a window, the next call closes it and divides by what it has seen.
+      reduction: "mean" if gradients are means over `weight` items, "mean_of_sums" if
+        they are sums over them, "sum" to emit the plain sum. Static.
+      accumulator_dtype: the dtype of the sum (for complex gradients, of its parts);
+        None for each gradient's own. Static. With float64 gradients pass float64 or
+        None.
+      nonfinite: what to do with a gradient that is not finite. "propagate": no check,
+        no cost; the window is lost, the next one is clean. "skip": as if the call had
+        not been made; the window waits for one more. "drop": the call counts towards
+        the window with weight 0. Static.
+      averaged_args: names of extra arguments, () float each, that `inner` gets as their
+        weighted mean over the window, such as `("value",)`. Every call must pass them.
+
+    Returns:
+      A transformation whose state is an `AccumulateState`. A window whose weights sum
+      to 0 applies nothing. A traced weight that is negative or not finite is refused:
+      its call counts towards the window with weight 0, or not at all under "skip".
+
+    Raises:
+      TypeError, ValueError: for the arguments above and, before anything is changed,
+        for gradients, weights and states that do not fit; the message names them.
+
+    >>> import accumax, optax
+    >>> import jax.numpy as jnp
+    >>> tx = accumax.accumulate(optax.sgd(1.0), every=2)
+    >>> params = jnp.array([10.0])
+    >>> state = tx.init(params)
+    >>> for grad in (jnp.array([1.0]), jnp.array([3.0])):
+    ...     updates, state = tx.update(grad, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    ...     print(params, accumax.has_updated(state))
+    [10.] False
+    [8.] True
+
+    References:
+      `optax.MultiSteps` does this with a running mean, weights of 1 and the optimizer
+      in every call; Optax issues are named beside the tests.
+    """
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(
+            f"inner={inner!r} must be an optax.GradientTransformation, such as "
+            "optax.adamw(3e-4)."
+        )
+    window = Window(
+        inner=optax.with_extra_args_support(inner),
+        every=_check_every(every),
+        accumulator=accumulator(
+            reduction=reduction,
+            dtype=accumulator_dtype,
+            nonfinite=nonfinite,
+            averaged_args=averaged_args,
+        ),
+        reduction=reduction,
+        nonfinite=nonfinite,
+    )
+    return optax.GradientTransformationExtraArgs(window.init, window.update)
+
+
+def has_updated(opt_state: optax.OptState) -> jax.Array:
+    """Whether the latest call applied an update: () bool, also inside jit.
+
+    False after a call that was skipped or dropped, or that closed a window without
+    weight.
+
+    Args:
+      opt_state: an `AccumulateState`, or a state that holds one or several (in a chain,
+        a `multi_transform`, ...); with several, whether any of them applied one.
+
+    Raises:
+      TypeError: there is no `AccumulateState` in `opt_state`.
+
+    >>> import accumax, optax
+    >>> import jax.numpy as jnp
+    >>> tx = optax.chain(optax.clip(1.0), accumax.accumulate(optax.sgd(0.1), every=1))
+    >>> state = tx.init(jnp.ones(3))
+    >>> print(accumax.has_updated(state))
+    False
+    """
+    states = [
+        state
+        for state in jax.tree.leaves(opt_state, is_leaf=is_state)
+        if is_state(state)
+    ]
+    if not states:
+        raise TypeError(
+            f"has_updated found no AccumulateState in a {type(opt_state).__name__}. "
+            "Pass the state of an accumax.accumulate, or of a transformation around "
+            "one."
+        )
+    return jnp.any(jnp.stack([state.emitted for state in states]), axis=0)
+
+
+def flush(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: Any,
+    **extra_args: Any,
+) -> tuple[PyTree, AccumulateState]:
+    """Closes an open window without a new gradient, for instance after an epoch.
+
+    The mean is over what the window has seen. Without an open window nothing changes,
+    but `has_updated` is then false.
+
+    Args:
+      tx: an `accumulate`, outermost.
+      params: the parameters; donate them and the state under jit.
+      opt_state: the state of `tx`.
+      **extra_args: what `inner` takes; `averaged_args` come from the state.
+
+    Returns:
+      `(params, opt_state)`, in the order of the arguments.
+
+    Raises:
+      TypeError: `tx` is not an `accumulate`, or the state is not its own.
+
+    >>> import accumax, optax
+    >>> import jax.numpy as jnp
+    >>> tx = accumax.accumulate(optax.sgd(1.0), every=8)
+    >>> params = jnp.array([10.0])
+    >>> params, state = accumax.apply_gradients(tx, params, tx.init(params), params)
+    >>> params, state = accumax.flush(tx, params, state)
+    >>> print(params, state.gradient_step)
+    [0.] 1
+    """
+    window = window_of(tx, "flush")
+    window.check(opt_state, params=params)
+    sums = Sums(opt_state.acc_grads, opt_state.acc_weight, opt_state.acc_args)
+    opened = opt_state.mini_step > 0
+    # Between windows the sums are stale, so they have no weight.
+    sums = sums._replace(weight=jnp.where(opened, sums.weight, 0))
+    progress = Progress(opt_state.mini_step, opt_state.skipped, jnp.bool_(True))
+    return window.close(params, opt_state, sums, progress, extra_args)
+
+
+def _check_every(every: Any) -> Any:
+    if callable(every):
+        return every
+    try:
+        if isinstance(every, (bool, np.bool_)):
+            raise TypeError
+        length = operator.index(every)
+    except jax.errors.TracerIntegerConversionError:
+        return check_length(every)  # `optax.inject_hyperparams` traces its arguments
+    except TypeError:
+        raise TypeError(
+            f"every={every!r} must be an integer of at least 1, the calls in a window, "
+            "or a schedule from the gradient step to that."
+        ) from None
+    if not 1 <= length <= jnp.iinfo(jnp.int32).max:
+        raise ValueError(
+            f"{every=} must be from 1 to 2**31 - 1: the calls in a window. 1 applies "
+            "an update in every call."
+        )
+    return length

@@ -1,0 +1,244 @@
+"""The arithmetic of accumulation: weights, reductions and the non-finite policy.
+
+Across calls and within a call differ only in who drives the loop. Both call `add` once
+for each microbatch and `result` once for each window, so every fact is written once.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from . import _numerics as numerics
+from ._types import ArrayLike, DTypeLike, NonFinite, PyTree, Reduction
+
+
+class Sums(NamedTuple):
+    """What a window has seen so far.
+
+    Attributes:
+      grads: the gradients' sum, the shapes of the parameters, accumulator dtype; None
+        at leaves that have no gradient. Stale (not zero) while no window is open.
+      weight: () float, the sum of the weights; 0 while no window is open.
+      args: for each averaged argument its weighted sum, () float. Stale as `grads` is.
+    """
+
+    grads: PyTree
+    weight: jax.Array
+    args: dict[str, jax.Array]
+
+
+class Accumulator(NamedTuple):
+    """The three steps of a window.
+
+    Attributes:
+      averaged_args: the names of the averaged arguments.
+      init: `(params) -> sums`.
+      add: `(sums, grads, weight, args, *, first, scale) -> (sums, accepted)`. `grads`
+        are multiplied by `scale`, () float, and added; they stand for `weight` items,
+        () float, and `args` are averaged with that weight. `first`, () bool: a window
+        opens, so the sums are overwritten and never read. `accepted`, () bool: false if
+        the policy or the weight refused the contribution, which then added nothing.
+      tally: `(sums, weight, args, *, first) -> (sums, accepted)`: `add` for gradients
+        that the backward pass has already added, in which nothing can be refused any
+        more.
+      result: `(sums) -> (grads, args)`: the reduced gradient, in at least float32, and
+        the weighted means of the averaged arguments.
+    """
+
+    averaged_args: tuple[str, ...]
+    init: Callable[[PyTree], Sums]
+    add: Callable[..., tuple[Sums, jax.Array]]
+    tally: Callable[..., tuple[Sums, jax.Array]]
+    result: Callable[[Sums], tuple[PyTree, dict[str, jax.Array]]]
+
+
+def accumulator(
+    *,
+    reduction: Reduction = "mean",
+    dtype: DTypeLike | None = jnp.float32,
+    nonfinite: NonFinite = "propagate",
+    averaged_args: tuple[str, ...] = (),
+) -> Accumulator:
+    """The steps of a window. All arguments are static; see `accumax.accumulate`."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"{reduction=} must be one of {get_args(Reduction)}.")
+    if nonfinite not in get_args(NonFinite):
+        raise ValueError(f"{nonfinite=} must be one of {get_args(NonFinite)}.")
+    dtype = _check_dtype(dtype)
+    averaged_args = _check_names(averaged_args)
+
+    def init(params: PyTree) -> Sums:
+        def zeros(p: Any) -> jax.Array:
+            like = jnp.asarray(p)
+            # `zeros_like` keeps the sharding of a sharded parameter; `jnp.zeros` would
+            # put every shard on the first device.
+            return jnp.zeros_like(like, dtype=accumulator_dtype(like.dtype, dtype))
+
+        grads = jax.tree.map(zeros, numerics.differentiable(params))
+        scalar = jnp.zeros((), float)  # float64 under jax_enable_x64
+        return Sums(grads, scalar, dict.fromkeys(averaged_args, scalar))
+
+    def tally(
+        sums: Sums,
+        weight: jax.Array,
+        args: Mapping[str, ArrayLike],
+        *,
+        first: ArrayLike,
+    ) -> tuple[Sums, jax.Array]:
+        accepted = _usable(weight)
+        return _count(sums, weight, args, first, accepted & (weight > 0)), accepted
+
+    def add(
+        sums: Sums,
+        grads: PyTree,
+        weight: jax.Array,
+        args: Mapping[str, ArrayLike],
+        *,
+        first: ArrayLike,
+        scale: ArrayLike = 1.0,
+    ) -> tuple[Sums, jax.Array]:
+        def accumulated(a: jax.Array, g: ArrayLike) -> jax.Array:
+            g = jnp.asarray(g, a.dtype) * jnp.asarray(scale, a.dtype)
+            return jnp.where(first, g, a + g)
+
+        new = jax.tree.map(accumulated, sums.grads, grads)
+        accepted = _usable(weight)
+        if nonfinite != "propagate":
+            # The sum and not the gradient: one check sees a NaN, an infinite product
+            # and an overflow of the sum, and what was already there is finite.
+            finite = numerics.all_finite((new, *map(jnp.asarray, args.values())))
+            accepted &= (weight == 0) | finite
+        # A weight of 0 is not multiplied in: the mean over no items is 0/0.
+        taken = accepted & (weight > 0)
+
+        def keep(new: jax.Array, a: jax.Array) -> jax.Array:
+            return jnp.where(taken, new, jnp.where(first, -0.0, a))
+
+        sums = sums._replace(grads=jax.tree.map(keep, new, sums.grads))
+        return _count(sums, weight, args, first, taken), accepted
+
+    def result(sums: Sums) -> tuple[PyTree, dict[str, jax.Array]]:
+        # A window without weight is never applied, but where a conditional becomes a
+        # select (under vmap, on some backends) it is computed.
+        total = jnp.where(sums.weight > 0, sums.weight, 1)
+        # The reciprocal: a division by `total` that two readers share (Adam's moments)
+        # is materialised by XLA, one more copy of the parameters; a product is fused.
+        factor = 1 / total if reduction != "sum" else jnp.ones_like(total)
+
+        def reduced(a: jax.Array) -> jax.Array:
+            a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
+            return a * factor.astype(a.dtype)
+
+        args = {name: value / total for name, value in sums.args.items()}
+        return jax.tree.map(reduced, sums.grads), args
+
+    return Accumulator(averaged_args, init, add, tally, result)
+
+
+def accumulator_dtype(grad_dtype: Any, dtype: Any) -> Any:
+    """The accumulator's dtype for a gradient's: complex gradients stay complex."""
+    if dtype is None:
+        return grad_dtype
+    if jnp.issubdtype(grad_dtype, jnp.complexfloating):
+        return jnp.promote_types(dtype, jnp.complex64)
+    return dtype
+
+
+def check_weight(weight: Any, name: str = "weight") -> jax.Array:
+    """`weight` as a () float array. A value that is known now is checked now.
+
+    Raises:
+      TypeError: not a real scalar.
+      ValueError: known, and negative, NaN or infinite.
+    """
+    dtype = numerics.dtype_of(weight)
+    if dtype is None or not (
+        jnp.issubdtype(dtype, jnp.floating)
+        or jnp.issubdtype(dtype, jnp.integer)
+        or dtype == jnp.bool_
+    ):
+        raise TypeError(
+            f"{name} is {numerics.describe(weight)}; expected a real scalar: the "
+            "number of items (examples, tokens) that the gradient stands for."
+        )
+    if jnp.shape(weight) != ():
+        raise TypeError(
+            f"{name} has shape {jnp.shape(weight)}; expected a scalar, the number of "
+            "items that the whole gradient stands for. Sum it first."
+        )
+    known = concrete(weight)
+    if known is not None and not (known >= 0 and math.isfinite(known)):
+        raise ValueError(
+            f"{name}={known} must be finite and at least 0. For a gradient that should "
+            f"not count, pass {name}=0."
+        )
+    return jnp.asarray(weight, float)
+
+
+def concrete(x: Any) -> float | None:
+    """The value of a scalar that is known now, None for one that jit traces."""
+    try:
+        return float(x)
+    except jax.errors.ConcretizationTypeError:
+        return None
+
+
+def _usable(weight: jax.Array) -> jax.Array:
+    return (weight >= 0) & jnp.isfinite(weight)  # NaN fails both
+
+
+def _count(
+    sums: Sums,
+    weight: jax.Array,
+    args: Mapping[str, ArrayLike],
+    first: ArrayLike,
+    taken: jax.Array,
+) -> Sums:
+    total = sums.weight + jnp.where(taken, weight, 0)
+
+    def accumulated(a: jax.Array, value: ArrayLike) -> jax.Array:
+        value = jnp.where(taken, weight * jnp.asarray(value, a.dtype), 0)
+        return jnp.where(first, 0, a) + value
+
+    args = {name: accumulated(a, args[name]) for name, a in sums.args.items()}
+    return sums._replace(weight=total.astype(sums.weight.dtype), args=args)
+
+
+def _check_dtype(dtype: Any) -> Any:
+    if dtype is None:
+        return None
+    try:
+        checked = jnp.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(
+            f"accumulator_dtype={dtype!r} is not a dtype. Pass a floating-point dtype "
+            "or None for the gradient's own. Under `optax.inject_hyperparams`, name it "
+            "in static_args."
+        ) from error
+    if not jnp.issubdtype(checked, jnp.floating):
+        raise TypeError(
+            f"accumulator_dtype={checked.name} must be a floating-point dtype, or None "
+            "for the gradient's own."
+        )
+    return jax.dtypes.canonicalize_dtype(checked)
+
+
+def _check_names(names: Any) -> tuple[str, ...]:
+    if isinstance(names, str):
+        names = (names,)
+    names = tuple(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(
+                f"averaged_args={names} must be names of keyword arguments of "
+                f'`update`, such as ("value",); got {name!r}.'
+            )
+        if name in ("weight", "flush"):
+            raise ValueError(
+                f'averaged_args={names} names "{name}", which `update` keeps for '
+                "itself. Name arguments that the inner transformation takes."
+            )
+    return names

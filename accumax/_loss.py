@@ -1,0 +1,74 @@
+"""What a loss function returns: checked, and in one form."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from . import _numerics as numerics
+from ._accumulator import check_weight
+
+
+class Loss(NamedTuple):
+    """What a loss function returned.
+
+    Attributes:
+      value: () float, what is differentiated: the loss, or the sum if it is weighted.
+      weight: () float, the items it stands for; None if the loss is not weighted.
+      aux: whatever came with it, None if nothing did.
+    """
+
+    value: jax.Array
+    weight: jax.Array | None
+    aux: Any
+
+    def mean(self) -> jax.Array:
+        """The loss as users read it: () float, 0 if its weight is 0."""
+        if self.weight is None:
+            return self.value
+        weight = self.weight.astype(self.value.dtype)
+        counts = weight > 0
+        return jnp.where(counts, self.value / jnp.where(counts, weight, 1), 0)
+
+
+def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
+    """`out`, what a loss function gave for these options, as a `Loss`.
+
+    Raises:
+      TypeError: `out` is not of the form that the options say.
+    """
+    form = "(loss_sum, weight)" if weighted else "loss"
+    aux = None
+    if has_aux:
+        expected = f"({form}, aux)"
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(
+                f"With {has_aux=} and {weighted=} the loss function must return "
+                f"{expected}; it returned {_outline(out)}."
+            )
+        out, aux = out
+    value, weight = out, None
+    if weighted:
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(
+                f"With {weighted=} the loss function must return {form}, the sum of "
+                f"its items' losses and their number; it returned {_outline(out)}."
+            )
+        value, weight = out
+        weight = check_weight(weight, "the weight from the loss function")
+    dtype = numerics.dtype_of(value)
+    if (
+        dtype is None
+        or not jnp.issubdtype(dtype, jnp.floating)
+        or jnp.shape(value) != ()
+    ):
+        hint = "" if has_aux else " If it returns (loss, aux), pass has_aux=True."
+        raise TypeError(
+            f"The loss must be a real floating-point scalar; the loss function "
+            f"returned {_outline(value)}.{hint}"
+        )
+    return Loss(jnp.asarray(value), weight, aux)
+
+
+def _outline(x: Any) -> str:
+    return str(jax.tree.map(numerics.describe, x))

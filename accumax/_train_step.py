@@ -1,0 +1,189 @@
+"""Across calls, fused: parameters and state are touched only when a window closes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _loss
+from . import _numerics as numerics
+from ._accumulator import check_weight
+from ._inplace import add_backward
+from ._types import ArrayLike, PyTree
+from ._window import AccumulateState, check_flush, gradient_of, window_of
+
+
+def apply_gradients(
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    opt_state: Any,
+    grads: PyTree,
+    *,
+    weight: ArrayLike = 1.0,
+    flush: ArrayLike = False,
+    **extra_args: Any,
+) -> tuple[PyTree, AccumulateState]:
+    """`tx.update` and `optax.apply_updates` in one, without an update tree.
+
+    Inside a window this costs what `acc += grads` costs: parameters and optimizer state
+    are not read, copied or zero-filled. Donate both, and keep their order: jit pairs a
+    donated input with the first output of the same shape and dtype, and `(opt_state,
+    params)` for `(params, opt_state)` would copy every buffer twice.
+
+    Args:
+      tx: an `accumulate`, outermost.
+      params: the parameters.
+      opt_state: the state of `tx`.
+      grads: the gradient of one microbatch, shaped as the parameters.
+      weight: () float, the items (examples, tokens) that `grads` stands for.
+      flush: () bool, close the window with this call.
+      **extra_args: what the inner transformation takes, and `averaged_args`.
+
+    Returns:
+      `(params, opt_state)`.
+
+    Raises:
+      TypeError: `tx` is not an `accumulate`, or an argument is of a wrong type.
+      ValueError: the gradients or the parameters do not fit the state.
+
+    >>> import accumax, jax, optax
+    >>> import jax.numpy as jnp
+    >>> tx = accumax.accumulate(optax.sgd(1.0), every=2)
+    >>> @jax.jit
+    ... def step(params, state, grads):
+    ...     return accumax.apply_gradients(tx, params, state, grads)
+    >>> params = jnp.array([10.0])
+    >>> state = tx.init(params)
+    >>> for grad in (1.0, 3.0):
+    ...     params, state = step(params, state, jnp.array([grad]))
+    >>> print(params)
+    [8.]
+    """
+    window = window_of(tx, "apply_gradients")
+    window.check(opt_state, params=params, grads=grads, extra_args=extra_args)
+    flush = check_flush(flush)
+    sums, progress = window.add(opt_state, grads, weight, flush, extra_args)
+    return window.close(params, opt_state, sums, progress, extra_args)
+
+
+def train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    *,
+    has_aux: bool = False,
+    weighted: bool = False,
+    in_place: bool = True,
+) -> Callable[..., tuple[PyTree, AccumulateState, Any]]:
+    """A training step whose backward pass adds into the accumulator; no gradient tree.
+
+    With float32 accumulators, a step costs the memory of the step without accumulation
+    plus the difference between the accumulator and the gradient it replaces: some
+    percent.
+
+    The gradient tree exists after all, and is added as `apply_gradients` does it, where
+    something must see it: with nonfinite="skip" or "drop"; in a step that is passed a
+    `weight`, because a mean over no items is 0/0 (`weighted=True` has no such case);
+    with `in_place=False`. In float32 both forms agree to the bit, except for parameters
+    that the loss uses more than once, whose contributions are added one by one.
+
+    Args:
+      loss_fn: `(params, *args) -> loss`, a real floating-point scalar. For
+        `optax.LookaheadParams` it is called with the fast parameters.
+      tx: an `accumulate`, outermost.
+      has_aux: `loss_fn` returns `(loss, aux)`. Static.
+      weighted: `loss_fn` returns `(loss_sum, weight)`, with aux
+        `((loss_sum, weight), aux)`: the sum of its items' losses and their number, both
+        () float. The update is that of the sum of all sums over the sum of all weights.
+        Static.
+      in_place: False selects the twin that carries the gradient tree. Static.
+
+    Returns:
+      `step(params, opt_state, *args, **extra_args) -> (params, opt_state, loss)`, or
+      `(loss, aux)` in the last place. `loss` is this call's, if weighted its mean,
+      which is 0 for weight 0. `extra_args` are those of `tx.update`: `weight` (not if
+      `weighted`), `flush`, and what the inner transformation takes; `value` defaults to
+      `loss`. Jit it with `donate_argnums=(0, 1)`.
+
+    Raises:
+      TypeError: `tx` is not an `accumulate`; at the first call, `loss_fn` does not
+        return what the options say, or an argument is of a wrong type.
+      ValueError: at the first call, the parameters do not fit the state.
+
+    >>> import accumax, jax, optax
+    >>> import jax.numpy as jnp
+    >>> def loss_fn(w, x, y):
+    ...     return jnp.mean((x @ w - y) ** 2)
+    >>> tx = accumax.accumulate(optax.sgd(0.1), every=2)
+    >>> step = jax.jit(accumax.train_step(loss_fn, tx), donate_argnums=(0, 1))
+    >>> w, x, y = jnp.zeros(2), jnp.eye(2), jnp.array([1.0, 2.0])
+    >>> state = tx.init(w)
+    >>> for i in range(2):  # the batch of two, one row at a time
+    ...     w, state, loss = step(w, state, x[i : i + 1], y[i : i + 1])
+    >>> print(w, jax.grad(loss_fn)(jnp.zeros(2), x, y) * -0.1)
+    [0.1 0.2] [0.1 0.2]
+
+    References:
+      `jax.vjp(...).with_refs`; JAX issue 32411 reports wrong gradients with refs, which
+      is why the twin exists and the tests hold the two together.
+    """
+    window = window_of(tx, "train_step")
+
+    def step(
+        params: PyTree,
+        opt_state: Any,
+        *args: Any,
+        weight: ArrayLike | None = None,
+        flush: ArrayLike = False,
+        **extra_args: Any,
+    ) -> tuple[PyTree, AccumulateState, Any]:
+        window.check(opt_state, params=params)
+        flush = check_flush(flush)
+        if weighted and weight is not None:
+            raise TypeError(
+                f"weight={weight!r} was passed to a step made with weighted=True, "
+                "whose weight is what loss_fn returns. Pass one or the other."
+            )
+        model = gradient_of(params)
+        live = jax.tree.map(numerics.strong, numerics.differentiable(model))
+
+        def fun(live: PyTree) -> tuple[jax.Array, _loss.Loss]:
+            out = loss_fn(numerics.restore(live, model), *args)
+            loss = _loss.read(out, has_aux=has_aux, weighted=weighted)
+            return loss.value, loss
+
+        sums = window.sums(opt_state)
+        first = opt_state.mini_step == 0
+        carries = not in_place or window.nonfinite != "propagate" or weight is not None
+        if carries:
+            _, backward, loss = jax.vjp(fun, live, has_aux=True)
+        else:
+            loss, backward = add_backward(fun, live, sums.grads, first)
+        extra_args = {"value": loss.mean()} | extra_args
+        window.check(opt_state, extra_args=extra_args)
+        items = check_weight(1.0 if weight is None else weight)
+        if loss.weight is not None:
+            items = loss.weight
+
+        if carries:
+            (grads,) = backward(jnp.ones_like(loss.value))
+            scale = items if window.reduction == "mean" and not weighted else 1.0
+            sums, accepted = window.accumulator.add(
+                sums, grads, items, extra_args, first=first, scale=scale
+            )
+        else:
+            sums, accepted = window.accumulator.tally(
+                sums, items, extra_args, first=first
+            )
+            # An unusable or empty contribution is multiplied by 0: all that can be done
+            # without a look at the gradient, and enough for a finite one.
+            seed = (accepted & (items > 0)).astype(loss.value.dtype)
+            sums = sums._replace(grads=backward(seed))
+
+        progress = window.progress(opt_state, accepted, flush)
+        params, new_state = window.close(params, opt_state, sums, progress, extra_args)
+        out = (loss.mean(), loss.aux) if has_aux else loss.mean()
+        return params, new_state, out
+
+    return step

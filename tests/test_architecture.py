@@ -1,0 +1,82 @@
+"""The rooms and their doors: the table is the architecture diagram."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import accumax
+
+PACKAGE = pathlib.Path(accumax.__file__).parent
+
+# A room may import those that are listed. Arrows go one way:
+# _types -> _numerics -> _accumulator -> _inplace, _loss -> _window -> the public forms.
+ALLOWED = {
+    "_types": set(),
+    "_numerics": {"_types"},
+    "_accumulator": {"_types", "_numerics"},
+    "_inplace": {"_types"},
+    "_loss": {"_numerics", "_accumulator"},
+    "_window": {"_types", "_numerics", "_accumulator", "_inplace"},
+    "_accumulate": {"_types", "_accumulator", "_window"},
+    "_train_step": {
+        "_types",
+        "_numerics",
+        "_accumulator",
+        "_inplace",
+        "_loss",
+        "_window",
+    },
+    "__init__": {"_accumulate", "_train_step", "_window"},
+}
+# What a room may import from outside. Flax is for accumax.linen and accumax.nnx alone.
+OUTSIDE = {"jax", "optax", "numpy", *sys.stdlib_module_names}
+
+
+def _imports(path: pathlib.Path) -> tuple[set[str], set[str]]:
+    rooms, outside = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            names = [node.module] if node.module else [a.name for a in node.names]
+            rooms |= set(names)
+        elif isinstance(node, ast.ImportFrom):
+            outside.add(node.module)
+        elif isinstance(node, ast.Import):
+            outside |= {alias.name for alias in node.names}
+    return rooms, {name.split(".")[0] for name in outside if name}
+
+
+def test_arrows_go_one_way():
+    files = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert files.keys() == ALLOWED.keys()
+    for name, path in files.items():
+        rooms, outside = _imports(path)
+        assert rooms == ALLOWED[name], name
+        assert outside <= OUTSIDE, name
+
+
+def test_no_room_is_too_large():
+    for path in PACKAGE.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path.name
+
+
+def test_no_private_jax_name():
+    for path in PACKAGE.glob("*.py"):
+        assert "_src" not in path.read_text(), path.name
+
+
+def test_import_does_not_import_flax():
+    code = "import accumax, sys; sys.exit('flax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_index_is_what_the_design_names():
+    public = {name for name in vars(accumax) if not name.startswith("_")}
+    assert public == {
+        "AccumulateState",
+        "accumulate",
+        "apply_gradients",
+        "flush",
+        "has_updated",
+        "train_step",
+    }

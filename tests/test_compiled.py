@@ -1,0 +1,169 @@
+"""What XLA makes of it on the CPU; `benchmarks/targets.py` repeats it for GPU and TPU.
+
+Only what is deterministic: memory, copies, traces. Times are in `benchmarks/`.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+import transformer
+from problems import init, loss_fn
+
+import accumax
+
+ADAMW = optax.adamw(1e-3)
+EVERY = 8
+MATRICES = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * 16
+MATRIX = 1024 * 1024 * 4
+
+
+def compiled(step, tx, params, *args):
+    state = jax.eval_shape(tx.init, params)
+    return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, *args).compile()
+
+
+def memory(compiled):
+    analysis = compiled.memory_analysis()
+    return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+
+
+def copies(compiled, shape="f32\\[1024,1024\\]"):
+    """Copies of a parameter's size in the HLO, alone or as the root of a fusion."""
+    return len(re.findall(rf"= {shape}\S* copy(?:-start)?\(", compiled.as_text()))
+
+
+def optax_form(tx, loss):
+    def step(params, state, *args):
+        grads = jax.grad(loss)(params, *args)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@functools.cache
+def transformer_memory(form):
+    size = transformer.Size()
+    params = transformer.shapes(size)
+    loss = functools.partial(transformer.loss, size)
+    tokens = jax.ShapeDtypeStruct((size.rows, size.length + 1), jnp.int32)
+    tx = {"plain": ADAMW, "MultiSteps": optax.MultiSteps(ADAMW, EVERY)}.get(
+        form, accumax.accumulate(ADAMW, EVERY)
+    )
+    step = (
+        accumax.train_step(loss, tx) if form == "train_step" else optax_form(tx, loss)
+    )
+    return memory(compiled(step, tx, params, tokens))
+
+
+def test_a_train_step_takes_at_most_five_percent_more_memory_than_no_accumulation():
+    assert transformer_memory("train_step") <= 1.05 * transformer_memory("plain")
+
+
+def test_the_optax_form_takes_an_eighth_less_memory_than_multisteps():
+    ours = transformer_memory("accumulate")
+    assert ours <= 0.87 * transformer_memory("MultiSteps")
+
+
+def test_a_policy_takes_no_more_memory_than_one_gradient_tree():
+    size = transformer.Size(layers=4, width=256, vocabulary=1024, length=64)
+    params = transformer.shapes(size)
+    parameters = sum(x.size * 4 for x in jax.tree.leaves(params))
+    loss = functools.partial(transformer.loss, size)
+    tokens = jax.ShapeDtypeStruct((1, size.length + 1), jnp.int32)
+
+    def of(nonfinite):
+        tx = accumax.accumulate(ADAMW, EVERY, nonfinite=nonfinite)
+        return memory(compiled(accumax.train_step(loss, tx), tx, params, tokens))
+
+    for nonfinite in ("skip", "drop"):
+        assert of(nonfinite) <= of("propagate") + 1.05 * parameters
+
+
+@pytest.mark.parametrize("extra", [{}, {"weight": 3.0}, {"flush": True}])
+def test_apply_gradients_copies_no_parameter_and_needs_no_memory(extra):
+    tx = accumax.accumulate(ADAMW, EVERY)
+
+    def step(params, state, grads):
+        return accumax.apply_gradients(tx, params, state, grads, **extra)
+
+    step = compiled(step, tx, MATRICES, MATRICES)
+    assert copies(step) == 0
+    assert step.memory_analysis().temp_size_in_bytes < 0.01 * MATRIX
+
+
+def test_the_boundary_alone_copies_no_parameter():
+    tx = accumax.accumulate(ADAMW, EVERY)
+    step = compiled(functools.partial(accumax.flush, tx), tx, MATRICES)
+    assert copies(step) == 0
+    assert step.memory_analysis().temp_size_in_bytes < 0.01 * MATRIX
+
+
+def test_train_step_copies_no_parameter():
+    tx = accumax.accumulate(ADAMW, EVERY)
+
+    def loss(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.sum(x)
+
+    x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
+    assert copies(compiled(accumax.train_step(loss, tx), tx, MATRICES, x)) == 0
+
+
+def test_the_count_of_copies_sees_those_of_crossed_outputs():
+    # The measure itself: donated inputs that come back in another order are copied.
+    tx = accumax.accumulate(ADAMW, EVERY)
+
+    def crossed(params, state, grads):
+        return accumax.apply_gradients(tx, params, state, grads)[::-1]
+
+    assert copies(compiled(crossed, tx, MATRICES, MATRICES)) > 0
+
+
+def test_every_call_runs_what_the_first_one_traced():
+    traces = []
+
+    def loss(params, batch):
+        traces.append(1)
+        return loss_fn(params, batch)
+
+    tx = accumax.accumulate(
+        optax.adamw(optax.linear_schedule(0.1, 0.0, 9)), 3, averaged_args=("value",)
+    )
+    batch = {"x": jnp.ones((4, 3)), "y": jnp.ones((4, 2))}
+    for in_place in (True, False):
+        traces.clear()
+        step = jax.jit(accumax.train_step(loss, tx, in_place=in_place))
+        params, state = init(), tx.init(init())
+        params, state, _ = step(params, state, batch)
+        first = len(traces)
+        for _ in range(6):
+            params, state, _ = step(params, state, batch)
+        # Within the one trace the loss may be read twice, to see what it slices.
+        assert len(traces) == first <= 2
+        assert step._cache_size() == 1
+
+    update = jax.jit(tx.update)
+    params, state = init(), tx.init(init())
+    for i in range(7):
+        grads = jax.tree.map(jnp.ones_like, params)
+        _, state = update(grads, state, params, value=jnp.float32(i))
+    assert update._cache_size() == 1
+
+
+def test_nothing_is_compiled_that_was_not_asked_for():
+    # No check of finiteness where the policy is to propagate.
+    tx = accumax.accumulate(optax.sgd(1.0), EVERY)
+    state = jax.eval_shape(tx.init, MATRICES)
+    checked = accumax.accumulate(optax.sgd(1.0), EVERY, nonfinite="skip")
+    finite = "is_finite"
+    one, other = (
+        jax.jit(t.update).lower(MATRICES, state).as_text().count(finite)
+        for t in (tx, checked)
+    )
+    assert other - one == len(MATRICES)

@@ -1,0 +1,245 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from problems import distance, same_bits
+
+from accumax._inplace import add_backward, at_most_once
+
+
+def test_a_loop_that_runs_at_most_once_is_a_conditional():
+    operand = {"w": jnp.array([1.0, -0.0]), "n": jnp.arange(2), "none": None}
+
+    def double(tree):
+        return jax.tree.map(lambda x: x * 2, tree)
+
+    for run in (at_most_once, jax.jit(at_most_once, static_argnums=1)):
+        assert same_bits(run(jnp.bool_(False), double, operand), operand)
+        assert same_bits(run(jnp.bool_(True), double, operand), double(operand))
+
+
+def test_under_vmap_each_lane_runs_for_itself():
+    preds, x = jnp.array([True, False, True]), jnp.arange(3.0)
+    got = jax.vmap(lambda p, x: at_most_once(p, lambda x: x + 10, x))(preds, x)
+    np.testing.assert_array_equal(got, [10.0, 1.0, 12.0])
+
+
+def plain(p, x):
+    return jnp.sum(jnp.tanh(x @ p["a"]) * p["b"].reshape(1, -1))
+
+
+def scanned(p, x):
+    def layer(h, w):
+        return jnp.tanh(h @ w), None
+
+    h, _ = lax.scan(layer, x, p["stack"])
+    return jnp.sum(h**2)
+
+
+def checkpointed(p, x):
+    layer = jax.checkpoint(lambda h, w: (jnp.tanh(h @ w), None))
+    h, _ = lax.scan(layer, x, p["stack"])
+    return jnp.sum(h**2)
+
+
+def gathered(p, x):
+    return jnp.sum(p["a"][jnp.array([0, 2, 1])] * x[:3])
+
+
+def branched(p, x):
+    branches = [lambda p: jnp.sum(x @ p["a"]), lambda p: jnp.sum(p["b"]) ** 2]
+    return lax.cond(x[0, 0] > 0, *branches, p)
+
+
+def unused(p, x):
+    return jnp.sum((x @ p["a"]) ** 3)
+
+
+def custom(p, x):
+    @jax.custom_vjp
+    def f(a):
+        return jnp.sum(a * x)
+
+    f.defvjp(lambda a: (f(a), None), lambda _, g: (g * x,))
+    return f(p["a"]) + jnp.linalg.norm(p["b"])
+
+
+def doubled(p, x):  # the gradient is itself built from a derivative
+    return jnp.sum(jax.grad(lambda a: jnp.sum(jnp.tanh(x @ a) ** 2))(p["a"]) ** 2)
+
+
+# JAX before 0.12 fails on a static slice of a variable that has a ref; 0.12 does not.
+
+
+def tied(p, x):
+    return jnp.sum(jnp.tanh(x @ p["a"]) @ p["a"].T)
+
+
+def sliced(p, x):
+    return jnp.sum(p["a"][0] ** 2) + jnp.sum(p["a"][1:3] * p["a"][::2]) + p["b"][-1]
+
+
+def sliced_in_a_checkpoint(p, x):
+    return jax.jit(jax.checkpoint(lambda a: jnp.sum(jnp.tanh(a[0, 1:3]))))(p["a"])
+
+
+def sliced_in_a_scan(p, x):
+    def layer(h, w):
+        return jnp.tanh(h @ w) + p["a"][1][None] * w[0][None], None
+
+    h, _ = lax.scan(layer, x, p["stack"])
+    return jnp.sum(h**2)
+
+
+def sliced_in_a_branch(p, x):
+    return lax.cond(x[0, 0] > 0, lambda a: a[2, 0] ** 2, lambda a: a[1, 1], p["a"])
+
+
+def sliced_dynamically(p, x):
+    def layer(h, i):
+        return jnp.tanh(
+            h @ lax.dynamic_index_in_dim(p["stack"], i, keepdims=False)
+        ), None
+
+    h, _ = lax.scan(layer, x, jnp.arange(3))
+    return jnp.sum(h**2)
+
+
+ONCE = [
+    plain,
+    scanned,
+    checkpointed,
+    gathered,
+    branched,
+    unused,
+    custom,
+    doubled,
+    sliced_in_a_checkpoint,
+    sliced_in_a_branch,
+    sliced_dynamically,
+]
+# They use a parameter more than once: (s + g1) + g2 is not s + (g1 + g2).
+OFTEN = [tied, sliced, sliced_in_a_scan]
+
+
+def params(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+
+    def leaf(*shape):
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    return {"a": leaf(4, 4), "b": leaf(4), "stack": leaf(3, 4, 4), "none": None}
+
+
+def run(fun, p, sums, first, x, seed=1.0, jit=jax.jit):
+    """(in place, carried): `sums` after one backward pass, jitted or not."""
+
+    @jit
+    def in_place(p, sums, first, x):
+        aux, backward = add_backward(lambda p: (fun(p, x), x), p, sums, first)
+        return aux, backward(jnp.asarray(seed, fun_dtype))
+
+    @jit
+    def carried(p, sums, first, x):
+        _, vjp, aux = jax.vjp(lambda p: (fun(p, x), x), p, has_aux=True)
+        (grads,) = vjp(jnp.asarray(seed, fun_dtype))
+
+        def add(a, g):
+            return jnp.where(first, g.astype(a.dtype), a + g.astype(a.dtype))
+
+        return aux, jax.tree.map(add, sums, grads)
+
+    fun_dtype = jax.eval_shape(fun, p, x).dtype
+    return in_place(p, sums, first, x), carried(p, sums, first, x)
+
+
+@pytest.mark.parametrize("fun", ONCE)
+@pytest.mark.parametrize("first", [True, False])
+def test_in_place_equals_carried_to_the_bit(fun, first):
+    p = params()
+    sums = jax.tree.map(lambda x: x - 0.5, params())
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), jnp.float32)
+    in_place, carried = run(fun, p, sums, first, x)
+    # -0.0 + g is g, so equal as numbers is equal in bits but for the sign of a zero.
+    assert jax.tree.structure(in_place) == jax.tree.structure(carried)
+    for a, b in zip(jax.tree.leaves(in_place), jax.tree.leaves(carried), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("fun", ONCE + OFTEN)
+def test_without_jit_the_same_is_accepted(fun):
+    p, x = params(), jnp.eye(4)
+    (_, in_place), (_, carried) = run(fun, p, p, jnp.bool_(False), x, jit=lambda f: f)
+    assert distance(in_place, carried) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("fun", ONCE + OFTEN)
+def test_a_half_precision_cotangent_is_added_in_float32(fun, dtype):
+    p = params(dtype)
+    sums = params(jnp.float32)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), dtype)
+    (_, in_place), (_, carried) = run(fun, p, sums, jnp.bool_(False), x)
+    assert {a.dtype for a in jax.tree.leaves(in_place)} == {jnp.dtype(jnp.float32)}
+    size = distance(carried, sums)
+    eps = float(jnp.finfo(dtype).eps)
+    # The same cotangents; XLA may skip a rounding to `dtype` where it fuses one form.
+    assert distance(in_place, carried) <= 4 * eps * size
+
+
+@pytest.mark.parametrize("fun", OFTEN)
+def test_parameters_that_are_used_often_agree_to_rounding(fun):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), jnp.float32)
+    in_place, carried = run(fun, params(), params(), jnp.bool_(False), x)
+    assert distance(in_place, carried) < 4e-6
+
+
+def test_complex_parameters_get_the_gradient_that_jax_gives():
+    def fun(p, x):
+        return jnp.sum(jnp.abs(x @ p["c"]) ** 2)
+
+    p = {"c": params()["a"] * (1 + 2j)}
+    sums = {"c": jnp.ones((4, 4), jnp.complex64)}
+    in_place, carried = run(fun, p, sums, jnp.bool_(False), jnp.eye(4))
+    np.testing.assert_allclose(in_place[1]["c"], carried[1]["c"], rtol=1e-6)
+
+
+def test_a_nan_from_the_last_window_is_gone_when_the_next_one_opens():
+    p = params()
+    sums = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), p)
+    (_, in_place), _ = run(plain, p, sums, jnp.bool_(True), jnp.eye(4))
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(in_place))
+
+
+def test_the_seed_scales_the_gradient_and_zero_adds_nothing():
+    p = params()
+    (_, twice), _ = run(plain, p, p, jnp.bool_(False), jnp.eye(4), seed=2.0)
+    want = jax.tree.map(lambda s, g: s + 2 * g, p, jax.grad(plain)(p, jnp.eye(4)))
+    assert distance(twice, want) < 1e-6
+    (_, none), _ = run(plain, p, p, jnp.bool_(False), jnp.eye(4), seed=0.0)
+    assert distance(none, p) == 0
+
+
+def test_no_gradient_tree_exists():
+    x = jnp.eye(4)
+
+    def step(p, sums):
+        _, backward = add_backward(
+            lambda p: (checkpointed(p, x), None), p, sums, jnp.bool_(False)
+        )
+        return backward(jnp.float32(1))
+
+    def carried(p, sums):
+        grads = jax.grad(checkpointed)(p, x)
+        return jax.tree.map(jnp.add, sums, grads)
+
+    big = {"stack": jnp.ones((64, 4, 4))}
+    temp = {}
+    for f in (step, carried):
+        compiled = jax.jit(f, donate_argnums=1).lower(big, big).compile()
+        temp[f] = compiled.memory_analysis().temp_size_in_bytes
+    size = big["stack"].nbytes
+    # The carried form holds the stacked gradient besides the sums.
+    assert temp[carried] - temp[step] > 0.9 * size
