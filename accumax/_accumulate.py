@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._accumulator import Sums, accumulator
+from ._accumulator import accumulator
 from ._types import DTypeLike, NonFinite, PyTree, Reduction, Schedule
 from ._window import (
     AccumulateState,
-    Progress,
     Window,
     check_length,
     is_state,
@@ -109,8 +108,6 @@ def accumulate(
             nonfinite=nonfinite,
             averaged_args=averaged_args,
         ),
-        reduction=reduction,
-        nonfinite=nonfinite,
     )
     return optax.GradientTransformationExtraArgs(window.init, window.update)
 
@@ -135,18 +132,24 @@ def has_updated(opt_state: optax.OptState) -> jax.Array:
     >>> print(accumax.has_updated(state))
     False
     """
-    states = [
-        state
-        for state in jax.tree.leaves(opt_state, is_leaf=is_state)
-        if is_state(state)
-    ]
-    if not states:
+    applied = _applied(opt_state)
+    if applied is None:
         raise TypeError(
             f"has_updated found no AccumulateState in a {type(opt_state).__name__}. "
             "Pass the state of an accumax.accumulate, or of a transformation around "
             "one."
         )
-    return jnp.any(jnp.stack([state.emitted for state in states]), axis=0)
+    return applied
+
+
+def _applied(opt_state: Any) -> jax.Array | None:
+    """Whether any state in `opt_state` applied an update, None if it holds none."""
+    found = []
+    for state in filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)):
+        # One within another holds what the other emits.
+        within = _applied(state.inner_opt_state)
+        found.append(state.emitted if within is None else state.emitted & within)
+    return jnp.any(jnp.stack(found), axis=0) if found else None
 
 
 def flush(
@@ -164,7 +167,8 @@ def flush(
       tx: an `accumulate`, outermost.
       params: the parameters; donate them and the state under jit.
       opt_state: the state of `tx`.
-      **extra_args: what `inner` takes; `averaged_args` come from the state.
+      **extra_args: what `inner` takes, such as `value`; `averaged_args` come from the
+        state and are not passed.
 
     Returns:
       `(params, opt_state)`, in the order of the arguments.
@@ -182,13 +186,13 @@ def flush(
     [0.] 1
     """
     window = window_of(tx, "flush")
-    window.check(opt_state, params=params)
-    sums = Sums(opt_state.acc_grads, opt_state.acc_weight, opt_state.acc_args)
-    opened = opt_state.mini_step > 0
-    # Between windows the sums are stale, so they have no weight.
-    sums = sums._replace(weight=jnp.where(opened, sums.weight, 0))
-    progress = Progress(opt_state.mini_step, opt_state.skipped, jnp.bool_(True))
-    return window.close(params, opt_state, sums, progress, extra_args)
+    for name in ("weight", "flush"):
+        if name in extra_args:
+            raise TypeError(
+                f"{name}={extra_args[name]!r} was passed to accumax.flush, which adds "
+                "no gradient. Pass it to the call that does."
+            )
+    return window.flush(params, opt_state, extra_args)
 
 
 def _check_every(every: Any) -> Any:

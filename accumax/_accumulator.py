@@ -34,13 +34,15 @@ class Accumulator(NamedTuple):
     """The three steps of a window.
 
     Attributes:
+      nonfinite: the policy.
       averaged_args: the names of the averaged arguments.
       init: `(params) -> sums`.
-      add: `(sums, grads, weight, args, *, first, scale) -> (sums, accepted)`. `grads`
-        are multiplied by `scale`, () float, and added; they stand for `weight` items,
-        () float, and `args` are averaged with that weight. `first`, () bool: a window
-        opens, so the sums are overwritten and never read. `accepted`, () bool: false if
-        the policy or the weight refused the contribution, which then added nothing.
+      add: `(sums, grads, weight, args, *, first, summed) -> (sums, accepted)`. `grads`
+        stand for `weight` items, () float, with which `args` are averaged. They are of
+        the kind that the reduction says; with `summed`, static, they are sums under
+        "mean" too. `first`, () bool: a window opens, so the sums are overwritten and
+        never read. `accepted`, () bool: false if the policy or the weight refused the
+        contribution, which then added nothing.
       tally: `(sums, weight, args, *, first) -> (sums, accepted)`: `add` for gradients
         that the backward pass has already added, in which nothing can be refused any
         more.
@@ -48,6 +50,7 @@ class Accumulator(NamedTuple):
         the weighted means of the averaged arguments.
     """
 
+    nonfinite: NonFinite
     averaged_args: tuple[str, ...]
     init: Callable[[PyTree], Sums]
     add: Callable[..., tuple[Sums, jax.Array]]
@@ -73,13 +76,14 @@ def accumulator(
     def init(params: PyTree) -> Sums:
         def zeros(p: Any) -> jax.Array:
             like = jnp.asarray(p)
-            # `zeros_like` keeps the sharding of a sharded parameter; `jnp.zeros` would
-            # put every shard on the first device.
+            # `zeros_like`: the sharding of the parameter too, if its type has one.
             return jnp.zeros_like(like, dtype=accumulator_dtype(like.dtype, dtype))
 
+        def scalar() -> jax.Array:  # a new one each time: no buffer is donated twice
+            return jnp.zeros((), float)  # float64 under jax_enable_x64
+
         grads = jax.tree.map(zeros, numerics.differentiable(params))
-        scalar = jnp.zeros((), float)  # float64 under jax_enable_x64
-        return Sums(grads, scalar, dict.fromkeys(averaged_args, scalar))
+        return Sums(grads, scalar(), {name: scalar() for name in averaged_args})
 
     def tally(
         sums: Sums,
@@ -88,8 +92,7 @@ def accumulator(
         *,
         first: ArrayLike,
     ) -> tuple[Sums, jax.Array]:
-        accepted = _usable(weight)
-        return _count(sums, weight, args, first, accepted & (weight > 0)), accepted
+        return _count(sums, weight, args, first, counts(weight)), _usable(weight)
 
     def add(
         sums: Sums,
@@ -98,8 +101,14 @@ def accumulator(
         args: Mapping[str, ArrayLike],
         *,
         first: ArrayLike,
-        scale: ArrayLike = 1.0,
+        summed: bool = False,
     ) -> tuple[Sums, jax.Array]:
+        scale = weight if reduction == "mean" and not summed else 1.0
+        if nonfinite != "propagate":
+            # A window that another policy has lost is begun anew, or none would end.
+            first |= ~numerics.all_finite(sums)
+            sums = sums._replace(weight=jnp.where(first, 0, sums.weight))
+
         def accumulated(a: jax.Array, g: ArrayLike) -> jax.Array:
             g = jnp.asarray(g, a.dtype) * jnp.asarray(scale, a.dtype)
             return jnp.where(first, g, a + g)
@@ -108,14 +117,15 @@ def accumulator(
         accepted = _usable(weight)
         if nonfinite != "propagate":
             # The sum and not the gradient: one check sees a NaN, an infinite product
-            # and an overflow of the sum, and what was already there is finite.
-            finite = numerics.all_finite((new, *map(jnp.asarray, args.values())))
-            accepted &= (weight == 0) | finite
+            # and an overflow of the sum.
+            averaged = [jnp.asarray(args[name]) for name in averaged_args]
+            accepted &= (weight == 0) | numerics.all_finite((new, averaged))
         # A weight of 0 is not multiplied in: the mean over no items is 0/0.
         taken = accepted & (weight > 0)
 
         def keep(new: jax.Array, a: jax.Array) -> jax.Array:
-            return jnp.where(taken, new, jnp.where(first, -0.0, a))
+            old = jnp.where(first, numerics.minus_zero(a.dtype), a)
+            return jnp.where(taken, new, old)
 
         sums = sums._replace(grads=jax.tree.map(keep, new, sums.grads))
         return _count(sums, weight, args, first, taken), accepted
@@ -135,13 +145,22 @@ def accumulator(
         args = {name: value / total for name, value in sums.args.items()}
         return jax.tree.map(reduced, sums.grads), args
 
-    return Accumulator(averaged_args, init, add, tally, result)
+    return Accumulator(nonfinite, averaged_args, init, add, tally, result)
 
 
 def accumulator_dtype(grad_dtype: Any, dtype: Any) -> Any:
-    """The accumulator's dtype for a gradient's: complex gradients stay complex."""
+    """The accumulator's dtype for a gradient's: complex gradients stay complex.
+
+    Raises:
+      ValueError: `dtype` is float64 and JAX has it disabled.
+    """
     if dtype is None:
         return grad_dtype
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"accumulator_dtype={dtype.name} is disabled in JAX: switch it on with "
+            'jax.config.update("jax_enable_x64", True), or choose float32.'
+        )
     if jnp.issubdtype(grad_dtype, jnp.complexfloating):
         return jnp.promote_types(dtype, jnp.complex64)
     return dtype
@@ -170,11 +189,14 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
             "items that the whole gradient stands for. Sum it first."
         )
     known = concrete(weight)
-    if known is not None and not (known >= 0 and math.isfinite(known)):
-        raise ValueError(
-            f"{name}={known} must be finite and at least 0. For a gradient that should "
-            f"not count, pass {name}=0."
-        )
+    if known is not None:
+        # As it will be used: 1e39 is infinite in float32, and 1e-42 is 0.
+        info = jnp.finfo(jax.dtypes.canonicalize_dtype(float))
+        if not (known == 0 or float(info.tiny) <= known <= float(info.max)):
+            raise ValueError(
+                f"{name}={weight} must be 0 or a normal positive {info.dtype}. For a "
+                f"gradient that should not count, pass {name}=0."
+            )
     return jnp.asarray(weight, float)
 
 
@@ -182,8 +204,15 @@ def concrete(x: Any) -> float | None:
     """The value of a scalar that is known now, None for one that jit traces."""
     try:
         return float(x)
+    except OverflowError:
+        return math.inf
     except jax.errors.ConcretizationTypeError:
         return None
+
+
+def counts(weight: jax.Array) -> jax.Array:
+    """() bool: whether what stands for `weight` items is to be added."""
+    return _usable(weight) & (weight > 0)
 
 
 def _usable(weight: jax.Array) -> jax.Array:
@@ -223,13 +252,11 @@ def _check_dtype(dtype: Any) -> Any:
             f"accumulator_dtype={checked.name} must be a floating-point dtype, or None "
             "for the gradient's own."
         )
-    return jax.dtypes.canonicalize_dtype(checked)
+    return checked
 
 
 def _check_names(names: Any) -> tuple[str, ...]:
-    if isinstance(names, str):
-        names = (names,)
-    names = tuple(names)
+    names = (names,) if isinstance(names, str) or names is None else tuple(names)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(

@@ -6,13 +6,15 @@ their arithmetic does, in `_accumulator.py`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
+from . import _numerics as numerics
 from ._types import PyTree
 
 T = TypeVar("T")
@@ -39,33 +41,51 @@ def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
 
 def add_backward(
     fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree, first: jax.Array
-) -> tuple[Any, Callable[[jax.Array], PyTree]]:
-    """Runs `fun` forward; the result's second part runs it backward into `sums`.
+) -> tuple[Any, PyTree]:
+    """Runs `fun` forward, and backward into `sums`.
 
     With `jax.vjp(...).with_refs` the backward pass adds into the accumulator, so that
     no gradient tree exists. The twin that carries the tree is `jax.vjp` and
     `Accumulator.add`.
 
+    Not every loss can be differentiated into refs: JAX before 0.12 fails where one
+    takes a slice of a parameter, 0.12 where it calls `lax.optimization_barrier`. What
+    fails is traced again with those parameters, then with all, behind a port; a ported
+    parameter has a gradient, which is then added. So is all that runs without jit,
+    where XLA does not make one program of it and there is nothing to save.
+
     Args:
-      fun: `(params) -> (loss, aux)`, loss a real scalar.
+      fun: `(params) -> (loss, (taken, aux))`: loss a real scalar; taken, () bool,
+        whether its gradient is to be added, or None for always; aux any tree.
       params: the parameters; each leaf a float array or None.
       sums: the accumulator, of the same structure, in any float dtypes.
       first: () bool, the window opens here: what `sums` holds is not to be read.
 
     Returns:
-      `(aux, backward)`, with `backward(seed) -> sums`; `seed` is the loss's cotangent.
+      `(aux, sums)`.
     """
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, sums))):
+        for ported in _ports(fun, params, sums):
+            run = functools.partial(_add_backward, fun, ported)
+            try:
+                return _isolated(run, params, sums, first)
+            except Exception:  # an error of `fun` itself comes again below
+                continue
+    every = jax.tree.map(lambda _: True, params)
+    return _add_backward(fun, every, params, sums, first)
 
-    # A leaf that no ref can be bound to is differentiated with respect to a port: zeros
-    # that hold no data (XLA drops them) and let the whole cotangent out in the dtype of
-    # the accumulator. From 0.12 on, JAX takes only refs of the variable's own dtype.
-    sliced = jax.tree.map(lambda _: False, params)
-    if not _adds_slices():
-        sliced = _sliced(fun, params)
-    ported = jax.tree.map(lambda p, s, x: x or p.dtype != s.dtype, params, sums, sliced)
 
+def _add_backward(
+    fun: Callable[[PyTree], Any],
+    ported: PyTree,
+    params: PyTree,
+    sums: PyTree,
+    first: jax.Array,
+) -> tuple[Any, PyTree]:
+    # A port: zeros that hold no data (XLA drops them) and let a parameter's cotangent
+    # out in the accumulator's dtype.
     def variable(p: jax.Array, s: jax.Array, port: bool) -> jax.Array:
-        return jnp.zeros(s.shape, s.dtype) if port else p
+        return jnp.zeros_like(s) if port else p
 
     def through(variables: PyTree) -> Any:
         def value(p: jax.Array, v: jax.Array, port: bool) -> jax.Array:
@@ -77,25 +97,32 @@ def add_backward(
         # `where`, though `first` is true here: XLA would merge plain zeros of the same
         # shape, and then copy them (16 matrices: 15 copies on CPU and GPU).
         sums, seed = carry
-        zeros = jax.tree.map(lambda s: jnp.asarray(-0.0, s.dtype), sums)
-        sums = jax.tree.map(lambda z, s: jnp.where(first, z, s), zeros, sums)
-        return sums, jnp.where(first, seed, 0)
 
-    variables = jax.tree.map(variable, params, sums, ported)
-    vjp: Any  # its with_refs has no type yet
-    _, vjp, aux = jax.vjp(through, variables, has_aux=True)
+        def zero(s: jax.Array) -> jax.Array:
+            return jnp.where(first, numerics.minus_zero(s.dtype), s)
 
-    def backward(seed: jax.Array) -> PyTree:
-        # In a loop, because a `where` over the whole accumulator would read and write
-        # it in every call. And through the loop goes the seed: else XLA:GPU may
-        # schedule the loop last, when all gradients are alive that were to be added
-        # after it (16 unrolled layers: 16 gradients in temp, with the seed 1.2).
-        opened, seed = at_most_once(first, reset, (sums, seed))
-        refs = jax.tree.map(jax.new_ref, opened)
+        return jax.tree.map(zero, sums), jnp.where(first, seed, 0)
+
+    def add(sums: PyTree) -> PyTree:
+        refs = jax.tree.map(jax.new_ref, sums)
         vjp.with_refs(refs)(seed)
         return jax.tree.map(jax.freeze, refs)
 
-    return aux, backward
+    variables = jax.tree.map(variable, params, sums, ported)
+    vjp: Any  # its with_refs has no type yet
+    value, vjp, (taken, aux) = jax.vjp(through, variables, has_aux=True)
+    with jax.named_scope("accumax.reset"):
+        # In a loop, because a `where` over the whole accumulator would read and write
+        # it in every call. And through the loop goes the seed: else XLA:GPU may
+        # schedule the loop last, when all gradients are alive that were to be added
+        # after it (16 unrolled layers: 16 gradients in temp, with the seed 1.2). The
+        # `where` lets the seed vary over the devices of a `shard_map` as `first` does.
+        seed = jnp.where(first, jnp.ones_like(value), 1)
+        sums, seed = at_most_once(first, reset, (sums, seed))
+    with jax.named_scope("accumax.backward"):
+        # Not with a seed of 0, by which a NaN would be a NaN still.
+        sums = add(sums) if taken is None else at_most_once(taken, add, sums)
+    return aux, sums
 
 
 @jax.custom_vjp
@@ -116,26 +143,39 @@ def _port_bwd(like: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Arr
 _port.defvjp(_port_fwd, _port_bwd)
 
 
-@functools.cache
-def _adds_slices() -> bool:
-    """Whether JAX adds the gradient of `x[0]` into a ref: 0.12 does, 0.10 fails."""
+def _isolated(fun: Callable[..., Any], *args: Any) -> Any:
+    """`fun(*args)`, of which nothing stays behind in the caller's trace if it fails."""
+    rest: list[Any] = []
 
-    def backward(x: jax.Array) -> None:
-        vjp: Any
-        _, vjp = jax.vjp(lambda x: x[0], x)
-        vjp.with_refs(jax.new_ref(x))(x[0])
+    def arrays(*args: Any) -> list[jax.Array]:
+        leaves, structure = jax.tree.flatten(fun(*args))
+        rest[:] = [structure, *((x, isinstance(x, jax.Array)) for x in leaves)]
+        return [x for x in leaves if isinstance(x, jax.Array)]
 
+    traced = iter(jax.jit(arrays, inline=True)(*args))
+    structure, *leaves = rest
+    return structure.unflatten([next(traced) if array else x for x, array in leaves])
+
+
+def _ports(fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree) -> Iterator[Any]:
+    """For each leaf whether it needs a port: first as JAX says, then as it happens."""
+    # From 0.12 on, JAX takes only a ref of the dtype of the variable that it is for.
+    dtypes = jax.tree.map(lambda p, s: p.dtype != s.dtype, params, sums)
+    yield dtypes
     try:
-        jax.eval_shape(backward, jax.ShapeDtypeStruct((2,), jnp.float32))
+        sliced = _sliced(fun, params)
     except Exception:
-        return False
-    return True
+        return
+    yield jax.tree.map(lambda a, b: a or b, dtypes, sliced)
 
 
 def _sliced(fun: Callable[[PyTree], Any], params: PyTree) -> PyTree:
-    """For each leaf of `params`, whether `fun` takes a slice of it at any depth."""
+    """For each leaf of `params`, whether a slice of its tangent is taken, at any depth.
 
-    def walk(jaxpr: Any, names: dict[Any, int]) -> set[int]:
+    Of the tangent and not of the parameter: in `(p + 1)[0]` they differ.
+    """
+
+    def walk(jaxpr: Any, names: dict[Any, Any]) -> set[Any]:
         found = set()
         for eqn in jaxpr.eqns:
             args = [None if hasattr(x, "val") else names.get(x) for x in eqn.invars]
@@ -149,7 +189,10 @@ def _sliced(fun: Callable[[PyTree], Any], params: PyTree) -> PyTree:
                     found |= walk(inner, dict(zip(inner.invars, passed, strict=False)))
         return found
 
-    jaxpr = jax.make_jaxpr(fun)(params).jaxpr
+    def tangent(tangents: PyTree) -> jax.Array:
+        return jax.jvp(lambda p: fun(p)[0], (params,), (tangents,))[1]
+
+    jaxpr = jax.make_jaxpr(tangent)(params).jaxpr
     found = walk(jaxpr, {x: i for i, x in enumerate(jaxpr.invars)})
     leaves = [i in found for i in range(len(jaxpr.invars))]
     return jax.tree.structure(params).unflatten(leaves)

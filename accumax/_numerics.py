@@ -22,7 +22,9 @@ def _is_none(x: Any) -> bool:
 def dtype_of(x: Any) -> Any:
     """The dtype of an array, a `ShapeDtypeStruct` or a Python number; else None."""
     if hasattr(x, "dtype"):
-        return x.dtype
+        # What JAX makes of it: without x64 a NumPy float64 is a float32.
+        extended = jnp.issubdtype(x.dtype, jax.dtypes.extended)  # PRNG keys
+        return x.dtype if extended else jax.dtypes.canonicalize_dtype(x.dtype)
     return jnp.result_type(x) if isinstance(x, (bool, int, float, complex)) else None
 
 
@@ -68,11 +70,14 @@ def minus_zeros_like(tree: PyTree) -> PyTree:
     (GPU target, transformer step: temp 2.04 x the parameters instead of 1.09).
     """
 
-    def zeros(x: Any) -> jax.Array:
-        signed = jnp.issubdtype(x.dtype, jnp.inexact)
-        return jnp.full(x.shape, -0.0 if signed else 0, x.dtype)
+    return jax.tree.map(lambda x: jnp.full_like(x, minus_zero(x.dtype)), tree)
 
-    return jax.tree.map(zeros, tree)
+
+def minus_zero(dtype: Any) -> jax.Array:
+    """() `dtype`: -0.0, in both parts of a complex number; 0 for an integer."""
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        return jnp.asarray(complex(-0.0, -0.0), dtype)
+    return jnp.asarray(-0.0 if jnp.issubdtype(dtype, jnp.inexact) else 0, dtype)
 
 
 def all_finite(tree: PyTree) -> jax.Array:

@@ -1,5 +1,7 @@
 """Across calls, fused: parameters and state are touched only when a window closes."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import optax
 
 from . import _loss
 from . import _numerics as numerics
-from ._accumulator import check_weight
+from ._accumulator import check_weight, counts
 from ._inplace import add_backward
 from ._types import ArrayLike, PyTree
 from ._window import AccumulateState, check_flush, gradient_of, window_of
@@ -31,6 +33,9 @@ def apply_gradients(
     are not read, copied or zero-filled. Donate both, and keep their order: jit pairs a
     donated input with the first output of the same shape and dtype, and `(opt_state,
     params)` for `(params, opt_state)` would copy every buffer twice.
+
+    Where gradients are of a lower precision than the parameters, `tx.update` rounds the
+    update to theirs; this form does not.
 
     Args:
       tx: an `accumulate`, outermost.
@@ -62,7 +67,7 @@ def apply_gradients(
     [8.]
     """
     window = window_of(tx, "apply_gradients")
-    window.check(opt_state, params=params, grads=grads, extra_args=extra_args)
+    window.check(opt_state, extra_args, params=params, grads=grads)
     flush = check_flush(flush)
     sums, progress = window.add(opt_state, grads, weight, flush, extra_args)
     return window.close(params, opt_state, sums, progress, extra_args)
@@ -78,15 +83,19 @@ def train_step(
 ) -> Callable[..., tuple[PyTree, AccumulateState, Any]]:
     """A training step whose backward pass adds into the accumulator; no gradient tree.
 
-    With float32 accumulators, a step costs the memory of the step without accumulation
-    plus the difference between the accumulator and the gradient it replaces: some
-    percent.
+    With float32 parameters, a step takes the memory of the step without accumulation
+    and one to five percent more: the accumulator is there instead of the gradient.
+    Half-precision parameters have a gradient of their dtype first, and a float32
+    accumulator.
 
     The gradient tree exists after all, and is added as `apply_gradients` does it, where
     something must see it: with nonfinite="skip" or "drop"; in a step that is passed a
-    `weight`, because a mean over no items is 0/0 (`weighted=True` has no such case);
-    with `in_place=False`. In float32 both forms agree to the bit, except for parameters
+    `weight` (let the loss return it instead: `weighted=True`); without jit; with
+    `in_place=False`. In float32 all of these agree to the bit, except for parameters
     that the loss uses more than once, whose contributions are added one by one.
+
+    The step cannot be differentiated in reverse mode, because of its loops;
+    differentiate through `tx.update`.
 
     Args:
       loss_fn: `(params, *args) -> loss`, a real floating-point scalar. For
@@ -95,8 +104,9 @@ def train_step(
       has_aux: `loss_fn` returns `(loss, aux)`. Static.
       weighted: `loss_fn` returns `(loss_sum, weight)`, with aux
         `((loss_sum, weight), aux)`: the sum of its items' losses and their number, both
-        () float. The update is that of the sum of all sums over the sum of all weights.
-        Static.
+        () float. The update is that of the sum of all sums over the sum of all weights
+        (the reduction "sum" does not divide). A call of weight 0 adds nothing, whatever
+        its gradient is. Static.
       in_place: False selects the twin that carries the gradient tree. Static.
 
     Returns:
@@ -104,7 +114,8 @@ def train_step(
       `(loss, aux)` in the last place. `loss` is this call's, if weighted its mean,
       which is 0 for weight 0. `extra_args` are those of `tx.update`: `weight` (not if
       `weighted`), `flush`, and what the inner transformation takes; `value` defaults to
-      `loss`. Jit it with `donate_argnums=(0, 1)`.
+      `loss`. Arguments of `loss_fn` are passed by position. Jit it with
+      `donate_argnums=(0, 1)`.
 
     Raises:
       TypeError: `tx` is not an `accumulate`; at the first call, `loss_fn` does not
@@ -129,6 +140,12 @@ def train_step(
       is why the twin exists and the tests hold the two together.
     """
     window = window_of(tx, "train_step")
+    if not callable(loss_fn):
+        raise TypeError(
+            f"loss_fn={loss_fn!r} must be a function (params, *args) -> loss."
+        )
+    carried = not in_place or window.accumulator.nonfinite != "propagate"
+    names = _parameters(loss_fn)
 
     def step(
         params: PyTree,
@@ -145,41 +162,36 @@ def train_step(
                 f"weight={weight!r} was passed to a step made with weighted=True, "
                 "whose weight is what loss_fn returns. Pass one or the other."
             )
+        if names & extra_args.keys():
+            raise TypeError(
+                f"The keyword arguments {sorted(names & extra_args.keys())} are named "
+                "like arguments of loss_fn, but keywords go to the optimizer. Pass "
+                "loss_fn's arguments by position: step(params, opt_state, batch, ...)."
+            )
         model = gradient_of(params)
         live = jax.tree.map(numerics.strong, numerics.differentiable(model))
 
-        def fun(live: PyTree) -> tuple[jax.Array, _loss.Loss]:
+        def fun(live: PyTree) -> tuple[jax.Array, Any]:
             out = loss_fn(numerics.restore(live, model), *args)
             loss = _loss.read(out, has_aux=has_aux, weighted=weighted)
-            return loss.value, loss
+            taken = None if loss.weight is None else counts(loss.weight)
+            return loss.value, (taken, loss)
 
-        sums = window.sums(opt_state)
         first = opt_state.mini_step == 0
-        carries = not in_place or window.nonfinite != "propagate" or weight is not None
-        if carries:
-            _, backward, loss = jax.vjp(fun, live, has_aux=True)
+        sums, add = window.sums(opt_state), window.accumulator.add
+        if carried or weight is not None:
+            value, vjp, (_, loss) = jax.vjp(fun, live, has_aux=True)
+            (grads,) = vjp(jnp.ones_like(value))
+            add = functools.partial(add, grads=grads, summed=weighted)
         else:
-            loss, backward = add_backward(fun, live, sums.grads, first)
+            loss, grads = add_backward(fun, live, sums.grads, first)
+            sums, add = sums._replace(grads=grads), window.accumulator.tally
         extra_args = {"value": loss.mean()} | extra_args
-        window.check(opt_state, extra_args=extra_args)
-        items = check_weight(1.0 if weight is None else weight)
-        if loss.weight is not None:
-            items = loss.weight
-
-        if carries:
-            (grads,) = backward(jnp.ones_like(loss.value))
-            scale = items if window.reduction == "mean" and not weighted else 1.0
-            sums, accepted = window.accumulator.add(
-                sums, grads, items, extra_args, first=first, scale=scale
-            )
-        else:
-            sums, accepted = window.accumulator.tally(
-                sums, items, extra_args, first=first
-            )
-            # An unusable or empty contribution is multiplied by 0: all that can be done
-            # without a look at the gradient, and enough for a finite one.
-            seed = (accepted & (items > 0)).astype(loss.value.dtype)
-            sums = sums._replace(grads=backward(seed))
+        window.check(opt_state, extra_args)
+        items = loss.weight
+        if items is None:
+            items = check_weight(1.0 if weight is None else weight)
+        sums, accepted = add(sums, weight=items, args=extra_args, first=first)
 
         progress = window.progress(opt_state, accepted, flush)
         params, new_state = window.close(params, opt_state, sums, progress, extra_args)
@@ -187,3 +199,13 @@ def train_step(
         return params, new_state, out
 
     return step
+
+
+def _parameters(fun: Callable[..., Any]) -> set[str]:
+    """The names by which arguments could be passed to `fun`."""
+    try:
+        parameters = inspect.signature(fun).parameters.values()
+    except (TypeError, ValueError):  # some callables have none
+        return set()
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {p.name for p in parameters if p.kind not in variadic}

@@ -11,7 +11,7 @@ from jax import lax
 from . import _numerics as numerics
 from ._accumulator import Accumulator, Sums, check_weight
 from ._inplace import at_most_once
-from ._types import ArrayLike, NonFinite, PyTree, Reduction, Schedule
+from ._types import ArrayLike, PyTree, Schedule
 
 
 class AccumulateState(NamedTuple):
@@ -57,8 +57,6 @@ class Window:
     inner: optax.GradientTransformationExtraArgs
     every: ArrayLike | Schedule
     accumulator: Accumulator
-    reduction: Reduction
-    nonfinite: NonFinite
 
     def init(self, params: PyTree) -> AccumulateState:
         sums = self.accumulator.init(gradient_of(params))
@@ -84,7 +82,9 @@ class Window:
         flush: ArrayLike = False,
         **extra_args: Any,
     ) -> tuple[PyTree, AccumulateState]:
-        self.check(state, params=params, grads=updates, extra_args=extra_args)
+        self.check(state, extra_args, grads=updates)
+        if params is not None:
+            self.check(state, params=params)
         flush = check_flush(flush)
         sums, progress = self.add(state, updates, weight, flush, extra_args)
         params = numerics.differentiable(params)
@@ -124,7 +124,6 @@ class Window:
             weight,
             extra_args,
             first=state.mini_step == 0,
-            scale=weight if self.reduction == "mean" else 1.0,
         )
         return sums, self.progress(state, accepted, flush)
 
@@ -134,7 +133,7 @@ class Window:
     def progress(
         self, state: AccumulateState, accepted: jax.Array, flush: ArrayLike
     ) -> Progress:
-        counts = accepted if self.nonfinite == "skip" else True
+        counts = accepted if self.accumulator.nonfinite == "skip" else True
         increment = optax.safe_increment
         mini_step = jnp.where(counts, increment(state.mini_step), state.mini_step)
         skipped = jnp.where(accepted, state.skipped, increment(state.skipped))
@@ -185,6 +184,17 @@ class Window:
                 "what init of this accumulate gave, or its last update."
             ) from cause
         return updates
+
+    def flush(
+        self, params: PyTree, state: Any, extra_args: dict[str, Any]
+    ) -> tuple[PyTree, AccumulateState]:
+        self.check(state, params=params)
+        # Between windows the sums are stale, so they have no weight.
+        opened = state.mini_step > 0
+        sums = self.sums(state)
+        sums = sums._replace(weight=jnp.where(opened, sums.weight, 0))
+        progress = Progress(state.mini_step, state.skipped, jnp.bool_(True))
+        return self.close(params, state, sums, progress, extra_args)
 
     def close(
         self,
@@ -238,25 +248,20 @@ class Window:
         )
 
     def check(
-        self,
-        state: Any,
-        *,
-        params: PyTree | None = None,
-        grads: PyTree | None = None,
-        extra_args: dict[str, Any] | None = None,
+        self, state: Any, extra_args: dict[str, Any] | None = None, **trees: PyTree
     ) -> None:
-        """Checks the static facts of a call, before anything is computed."""
+        """Checks the static facts of a call, before anything is computed.
+
+        `trees` are the parameters or gradients, by the name for an error message.
+        """
         if not is_state(state):
             raise TypeError(
                 f"state is a {type(state).__name__}, not an AccumulateState. Pass what "
                 "init of this accumulate returned, or its last update."
             )
-        if params is not None:
-            numerics.check_like(
-                "params", gradient_of(params), state.acc_grads, "state.acc_grads"
-            )
-        if grads is not None:
-            numerics.check_like("grads", grads, state.acc_grads, "state.acc_grads")
+        for name, tree in trees.items():
+            tree = gradient_of(tree)
+            numerics.check_like(name, tree, state.acc_grads, "state.acc_grads")
         names = self.accumulator.averaged_args
         if set(names) != set(state.acc_args):
             raise TypeError(

@@ -78,6 +78,7 @@ CALLS = {
         ({"grads": PARAMS | {"b": jnp.arange(3)}}, TypeError, ["grads['b']", "int32"]),
         ({"params": PARAMS | {"b": jnp.ones(4)}}, ValueError, ["params['b']", "(4,)"]),
         ({"weight": -1.0}, ValueError, ["weight=-1.0"]),
+        ({"grads": None}, ValueError, ["grads", "['b']"]),
         ({"weight": float("nan")}, ValueError, ["weight=nan"]),
         ({"weight": np.ones(3)}, TypeError, ["weight", "(3,)"]),
         ({"flush": 1}, TypeError, ["flush", "bool"]),
@@ -153,6 +154,15 @@ def test_has_updated_without_a_state_is_an_error():
         accumax.has_updated(optax.adam(0.1).init(1.0))
 
 
+def test_has_updated_of_an_accumulate_within_another_is_that_of_both():
+    tx = accumax.accumulate(accumax.accumulate(SGD, 2), 2)
+    params, state, seen = 0.0, tx.init(0.0), []
+    for _ in range(4):
+        updates, state = jax.jit(tx.update)(jnp.float32(1.0), state, params)
+        seen.append((float(updates), bool(accumax.has_updated(state))))
+    assert seen == [(0, False), (0, False), (0, False), (-1, True)]
+
+
 # --- flush --------------------------------------------------------------------------
 
 
@@ -197,6 +207,13 @@ def test_flush_needs_an_accumulate_outermost():
     tx = optax.chain(optax.clip(1.0), accumax.accumulate(SGD, 2))
     with pytest.raises(TypeError, match=r"accumax.flush needs .* outermost"):
         accumax.flush(tx, 1.0, tx.init(1.0))
+
+
+@pytest.mark.parametrize("extra", [{"weight": 3.0}, {"flush": True}])
+def test_flush_takes_no_weight(extra):
+    tx = accumax.accumulate(SGD, 2)
+    with pytest.raises(TypeError, match=rf"{next(iter(extra))}=.*accumax.flush"):
+        accumax.flush(tx, 1.0, tx.init(1.0), **extra)
 
 
 # --- inside and around other transformations ----------------------------------------
@@ -288,3 +305,53 @@ def test_an_empty_tree_is_accepted():
     updates, state = tx.update({}, tx.init({}), {})
     assert updates == {}
     assert state.gradient_step == 1
+
+
+def test_the_state_can_be_donated_as_init_gave_it():
+    tx = accumax.accumulate(optax.adam(0.1), 2, averaged_args=("value", "norm"))
+    state = tx.init(PARAMS)
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)
+    jax.jit(tx.update, donate_argnums=1)(PARAMS, state, value=1.0, norm=2.0)
+
+
+@pytest.mark.parametrize("nonfinite", ["propagate", "skip", "drop"])
+def test_extra_arguments_may_be_functions_and_trees(nonfinite):
+    tx = accumax.accumulate(
+        optax.lbfgs(), 2, nonfinite=nonfinite, averaged_args=("value",)
+    )
+    value_fn = lambda p: jnp.sum(p**2)  # noqa: E731
+    params = jnp.ones(2)
+    state = tx.init(params)
+    for _ in range(2):
+        value, grads = jax.value_and_grad(value_fn)(params)
+        extra = {"grad": grads, "value_fn": value_fn}
+        params, state = accumax.apply_gradients(
+            tx, params, state, grads, value=value, **extra
+        )
+    assert state.gradient_step == 1
+    assert jnp.sum(params**2) < 0.5
+
+
+def test_numpy_float64_parameters_are_float32_without_a_warning():
+    params = np.ones(3)
+    for dtype in (None, jnp.float32):
+        tx = accumax.accumulate(optax.adam(0.1), 1, accumulator_dtype=dtype)
+        tx.update(params, tx.init(params), params)
+        got, _ = accumax.apply_gradients(tx, params, tx.init(params), params)
+        assert got.dtype == jnp.float32
+
+
+def test_an_accumulator_dtype_that_jax_has_disabled_is_an_error():
+    tx = accumax.accumulate(SGD, 2, accumulator_dtype=jnp.float64)
+    with pytest.raises(ValueError, match=r"accumulator_dtype=float64.*jax_enable_x64"):
+        tx.init(1.0)
+    with jax.enable_x64(True):
+        assert tx.init(jnp.float64(1)).acc_grads.dtype == jnp.float64
+
+
+def test_a_hold_leaves_the_sign_of_complex_zeros():
+    tx = accumax.accumulate(SGD, 2)
+    params = jnp.array([complex(1, -0.0), complex(-0.0, 1)])
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert same_bits(optax.apply_updates(params, updates), params)

@@ -15,7 +15,7 @@ ALLOWED = {
     "_types": set(),
     "_numerics": {"_types"},
     "_accumulator": {"_types", "_numerics"},
-    "_inplace": {"_types"},
+    "_inplace": {"_types", "_numerics"},
     "_loss": {"_numerics", "_accumulator"},
     "_window": {"_types", "_numerics", "_accumulator", "_inplace"},
     "_accumulate": {"_types", "_accumulator", "_window"},

@@ -166,4 +166,5 @@ def test_nothing_is_compiled_that_was_not_asked_for():
         jax.jit(t.update).lower(MATRICES, state).as_text().count(finite)
         for t in (tx, checked)
     )
-    assert other - one == len(MATRICES)
+    assert one <= 1  # the weight
+    assert other > len(MATRICES)

@@ -96,6 +96,11 @@ def sliced_in_a_branch(p, x):
     return lax.cond(x[0, 0] > 0, lambda a: a[2, 0] ** 2, lambda a: a[1, 1], p["a"])
 
 
+def straight_through(p, x):  # the tangent of what is sliced is that of `a`
+    rounded = p["a"] + lax.stop_gradient(jnp.round(p["a"]) - p["a"])
+    return jnp.sum(rounded[:, :2] ** 2)
+
+
 def sliced_dynamically(p, x):
     def layer(h, i):
         return jnp.tanh(
@@ -118,6 +123,7 @@ ONCE = [
     sliced_in_a_checkpoint,
     sliced_in_a_branch,
     sliced_dynamically,
+    straight_through,
 ]
 # They use a parameter more than once: (s + g1) + g2 is not s + (g1 + g2).
 OFTEN = [tied, sliced, sliced_in_a_scan]
@@ -132,40 +138,44 @@ def params(dtype=jnp.float32):
     return {"a": leaf(4, 4), "b": leaf(4), "stack": leaf(3, 4, 4), "none": None}
 
 
-def run(fun, p, sums, first, x, seed=1.0, jit=jax.jit):
-    """(in place, carried): `sums` after one backward pass, jitted or not."""
+def run(fun, p, sums, first, x, **options):
+    """(in place, carried): aux and sums after one backward pass."""
+    return runs(fun, p, sums, x, (first,), **options)[0]
+
+
+def runs(fun, p, sums, x, firsts=(True, False), taken=None, jit=jax.jit):
+    """The same for each of `firsts`: whether a window opens with it."""
 
     @jit
     def in_place(p, sums, first, x):
-        aux, backward = add_backward(lambda p: (fun(p, x), x), p, sums, first)
-        return aux, backward(jnp.asarray(seed, fun_dtype))
+        return add_backward(lambda p: (fun(p, x), (taken, x)), p, sums, first)
 
     @jit
     def carried(p, sums, first, x):
-        _, vjp, aux = jax.vjp(lambda p: (fun(p, x), x), p, has_aux=True)
-        (grads,) = vjp(jnp.asarray(seed, fun_dtype))
+        grads, aux = jax.grad(lambda p: (fun(p, x), x), has_aux=True)(p)
 
         def add(a, g):
             return jnp.where(first, g.astype(a.dtype), a + g.astype(a.dtype))
 
         return aux, jax.tree.map(add, sums, grads)
 
-    fun_dtype = jax.eval_shape(fun, p, x).dtype
-    return in_place(p, sums, first, x), carried(p, sums, first, x)
+    args = [(p, sums, jnp.bool_(first), x) for first in firsts]
+    return [(in_place(*a), carried(*a)) for a in args]
 
 
 @pytest.mark.parametrize("fun", ONCE)
-@pytest.mark.parametrize("first", [True, False])
-def test_in_place_equals_carried_to_the_bit(fun, first):
+def test_in_place_equals_carried_to_the_bit(fun):
     p = params()
     sums = jax.tree.map(lambda x: x - 0.5, params())
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), jnp.float32)
-    in_place, carried = run(fun, p, sums, first, x)
-    # -0.0 + g is g, so equal as numbers is equal in bits but for the sign of a zero.
-    assert jax.tree.structure(in_place) == jax.tree.structure(carried)
-    for a, b in zip(jax.tree.leaves(in_place), jax.tree.leaves(carried), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    for in_place, carried in runs(fun, p, sums, x):
+        # -0.0 + g is g, so equal as numbers is equal in bits but for a zero's sign.
+        assert jax.tree.structure(in_place) == jax.tree.structure(carried)
+        for a, b in zip(
+            jax.tree.leaves(in_place), jax.tree.leaves(carried), strict=True
+        ):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("fun", ONCE + OFTEN)
@@ -175,9 +185,9 @@ def test_without_jit_the_same_is_accepted(fun):
     assert distance(in_place, carried) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("fun", ONCE + OFTEN)
-def test_a_half_precision_cotangent_is_added_in_float32(fun, dtype):
+def test_a_half_precision_cotangent_is_added_in_float32(fun):
+    dtype = jnp.bfloat16
     p = params(dtype)
     sums = params(jnp.float32)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4)), dtype)
@@ -213,23 +223,69 @@ def test_a_nan_from_the_last_window_is_gone_when_the_next_one_opens():
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(in_place))
 
 
-def test_the_seed_scales_the_gradient_and_zero_adds_nothing():
-    p = params()
-    (_, twice), _ = run(plain, p, p, jnp.bool_(False), jnp.eye(4), seed=2.0)
-    want = jax.tree.map(lambda s, g: s + 2 * g, p, jax.grad(plain)(p, jnp.eye(4)))
-    assert distance(twice, want) < 1e-6
-    (_, none), _ = run(plain, p, p, jnp.bool_(False), jnp.eye(4), seed=0.0)
-    assert distance(none, p) == 0
+def test_what_is_not_taken_adds_nothing_and_not_its_nan():
+    p, x = params(), jnp.eye(4).at[0, 0].set(jnp.nan)
+    (_, none), _ = run(plain, p, p, jnp.bool_(False), x, taken=jnp.bool_(False))
+    assert same_bits(none, p)
+    (_, some), (_, want) = run(
+        plain, p, p, jnp.bool_(False), jnp.eye(4), taken=jnp.bool_(True)
+    )
+    assert distance(some, want) == 0
+    (_, opened), _ = run(plain, p, p, jnp.bool_(True), x, taken=jnp.bool_(False))
+    assert same_bits(opened, jax.tree.map(lambda s: jnp.full_like(s, -0.0), p))
+
+
+def test_what_jax_cannot_add_into_a_ref_falls_back_and_leaves_nothing_behind():
+    # 0.12 fails on a barrier, versions before on a slice: each traced under each.
+    def barrier(p, x):
+        return jnp.sum(lax.optimization_barrier(p["a"]) * x) + p["b"][1]
+
+    (_, in_place), (_, carried) = run(
+        barrier, params(), params(), jnp.bool_(False), jnp.eye(4)
+    )
+    assert distance(in_place, carried) < 1e-6
+
+    def step(p, sums):
+        return add_backward(
+            lambda p: (barrier(p, jnp.eye(4)), (None, ())), p, sums, jnp.bool_(False)
+        )
+
+    # Refs of a trace that failed would stay in the program, and be copies of the sums.
+    refs = str(jax.make_jaxpr(step)(params(), params())).count("new_ref")
+    assert refs <= len(jax.tree.leaves(params()))
+
+
+def test_aux_may_hold_what_is_no_array():
+    aux = {"name": "relu", "f": jnp.tanh, "n": 3, "none": None, "np": np.arange(2)}
+
+    @jax.jit
+    def step(p, sums):
+        def fun(p):
+            return plain(p, jnp.eye(4)), (None, aux | {"p": p["a"]})
+
+        got, sums = add_backward(fun, p, sums, jnp.bool_(False))
+        assert {k: got[k] for k in aux} == aux
+        return got["p"], sums
+
+    got, _ = step(params(), params())
+    assert same_bits(got, params()["a"])
+
+
+def test_an_error_of_the_loss_is_its_own():
+    def fails(p, x):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        run(fails, params(), params(), jnp.bool_(False), jnp.eye(4))
 
 
 def test_no_gradient_tree_exists():
     x = jnp.eye(4)
 
     def step(p, sums):
-        _, backward = add_backward(
-            lambda p: (checkpointed(p, x), None), p, sums, jnp.bool_(False)
-        )
-        return backward(jnp.float32(1))
+        return add_backward(
+            lambda p: (checkpointed(p, x), (None, ())), p, sums, jnp.bool_(False)
+        )[1]
 
     def carried(p, sums):
         grads = jax.grad(checkpointed)(p, x)

@@ -277,6 +277,20 @@ def test_arguments_of_the_loss_are_passed_on():
     assert value == 14
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_padding_with_a_nan_in_its_gradient_adds_nothing(in_place):
+    def norm(params, scale, weight):  # the gradient of a norm at zero is NaN
+        return jnp.sqrt(jnp.sum((params * scale) ** 2)), weight
+
+    tx = accumax.accumulate(optax.sgd(0.1), 2)
+    step = accumax.train_step(norm, tx, weighted=True, in_place=in_place)
+    params, state = jnp.ones(2), tx.init(jnp.ones(2))
+    for value in (0.0, 1.0):
+        params, state, _ = jax.jit(step)(params, state, value, value)
+    assert jnp.isfinite(params).all()
+    assert state.gradient_step == 1
+
+
 # --- errors -------------------------------------------------------------------------
 
 
@@ -348,3 +362,31 @@ def test_an_averaged_argument_that_is_missing_is_named():
     tx = accumax.accumulate(optax.sgd(0.1), 2, averaged_args=("norm",))
     with pytest.raises(TypeError, match='"norm"'):
         accumax.train_step(loss_fn, tx)(init(), tx.init(init()), calls()[0])
+
+
+def test_a_keyword_that_the_loss_knows_is_not_swallowed():
+    def loss(params, x, mask=None):
+        return jnp.sum(params * x if mask is None else params * x * mask)
+
+    step = accumax.train_step(loss, TX)
+    state = TX.init(jnp.ones(2))
+    with pytest.raises(TypeError, match=r"\['mask'\].*by position"):
+        step(jnp.ones(2), state, jnp.ones(2), mask=jnp.zeros(2))
+    step(jnp.ones(2), state, jnp.ones(2), jnp.zeros(2))
+
+
+def test_a_loss_that_is_no_function_is_an_error():
+    with pytest.raises(TypeError, match="loss_fn=None"):
+        accumax.train_step(None, TX)
+
+
+@pytest.mark.parametrize("form", ["train_step", "apply_gradients", "flush"])
+def test_params_of_none_are_named(form):
+    state = TX.init(init())
+    forms = {
+        "train_step": lambda: accumax.train_step(loss_fn, TX)(None, state, calls()[0]),
+        "apply_gradients": lambda: accumax.apply_gradients(TX, None, state, init()),
+        "flush": lambda: accumax.flush(TX, None, state),
+    }
+    with pytest.raises(ValueError, match="params has no leaf"):
+        forms[form]()
