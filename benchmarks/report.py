@@ -1,0 +1,45 @@
+"""What every benchmark prints: where it was measured, tables, and its bars."""
+
+import datetime
+import os
+import pathlib
+import platform
+from collections.abc import Iterable, Sequence
+
+import jax
+import optax
+
+import accumax
+
+
+def header(title: str, chip: str) -> None:
+    versions = {"jax": jax, "optax": optax, "accumax": accumax}
+    used = ", ".join(f"{name} {m.__version__}" for name, m in versions.items())
+    print(f"{title}, {datetime.date.today()}, {used}\n{chip}")
+
+
+def host() -> str:
+    """This machine's processor, and how busy it is: times depend on both."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    model = models[0] if models else platform.processor() or platform.machine()
+    return f"{model} x {os.cpu_count()}, load {os.getloadavg()[0]:.1f}"
+
+
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints `rows` under `head`: the first column to the left, others to the right."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print(f"\n{title}")
+    for first, *rest in lines:
+        cells = [x.rjust(width) for x, width in zip(rest, widths[1:], strict=True)]
+        print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def bars(limits: Sequence[tuple[str, float, float]]) -> None:
+    """Prints (what, value, the most it may be) and whether it is met, one a line."""
+    print()
+    for what, value, most in limits:
+        verdict = "met" if value <= most else "MISSED"
+        print(f"{what}: {value:.4g}, bar {most:g}: {verdict}")

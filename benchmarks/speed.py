@@ -1,0 +1,266 @@
+"""What accumulation costs in time, and how exact it is, on JAX's default device.
+
+    python benchmarks/speed.py               # minutes
+    python benchmarks/speed.py --repeats 50  # where other work disturbs the times
+    python benchmarks/speed.py --quick       # seconds; its numbers mean nothing
+
+Times are compared within one run: the forms take turns, each turn gives a ratio to that
+turn's baseline, and the tables show the median ratio and its range.
+
+    accumax, run, 2026-11-21, jax 0.10.2, optax 0.2.8, accumax 0.1.0
+    AMD EPYC x 2, load 3.6
+
+    A call within a window, 16 matrices of 1024 x 1024
+                          ms  ratio  least   most
+    acc += g            5.02   1.00   1.00   1.00
+    optax.MultiSteps  145.63  28.45  24.82  32.90
+    accumulate         47.79   9.67   7.64  10.98
+    apply_gradients     5.67   1.13   0.56   1.39
+
+    A window of 8 calls; the baseline ends in one plain AdamW step
+                           ms  ratio  least   most
+    acc += g            52.05   1.00   1.00   1.00
+    optax.MultiSteps  1174.13  22.19  19.88  27.16
+    accumulate         397.77   7.71   6.40   9.62
+    apply_gradients     61.92   1.22   0.56   1.50
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import accuracy
+import forms
+import jax
+import jax.numpy as jnp
+import optax
+import report
+import targets
+import transformer
+from forms import EVERY
+
+
+class Scale(NamedTuple):
+    """How much is measured."""
+
+    repeats: int = 20
+    compiles: int = 5
+    matrices: int = 16
+    width: int = 1024
+    compiled: transformer.Size | None = transformer.Size()
+    trained: transformer.Size | None = transformer.Size(4, 256, 4, 2048, 128)
+    windows: int = 50
+    seeds: int = 20
+
+
+QUICK = Scale(1, 1, 2, 32, None, None, windows=2, seeds=1)
+
+
+class Model(NamedTuple):
+    name: str
+    loss: Callable[[Any, Any], jax.Array]
+    init: Callable[[], Any]
+    batch: Any  # one microbatch
+
+
+def model(size: transformer.Size | None) -> Model:
+    """The transformer, or without a size something that compiles in no time."""
+    key = jax.random.key(0)
+    if size is None:
+        shape = (2, 32, 32)
+        init = functools.partial(jax.random.normal, key, shape)
+        return Model("two matrices", forms.matrices_loss, init, jnp.ones((8, 32)))
+    shape = (size.rows, size.length + 1)
+    tokens = jax.random.randint(key, shape, 0, size.vocabulary)
+    count = sum(p.size for p in jax.tree.leaves(transformer.shapes(size))) / 1e6
+    return Model(
+        f"transformer, {count:.0f} M parameters, {size.rows} x {size.length} tokens",
+        functools.partial(transformer.loss, size),
+        functools.partial(transformer.init, size, key),
+        tokens,
+    )
+
+
+class Runner:
+    """A jitted, donated step that keeps what it gave for its next call."""
+
+    def __init__(self, form: forms.Form, params: Any):
+        params = jax.tree.map(jnp.copy, params)  # the step donates them
+        self.params, self.state = params, jax.jit(form.init)(params)
+        self.step = jax.jit(form.step, donate_argnums=(0, 1))
+
+    def run(self, x: Any, calls: int) -> float:
+        """Seconds of so many calls."""
+        jax.block_until_ready((self.params, self.state))
+        start = time.perf_counter()
+        for _ in range(calls):
+            self.params, self.state, *_ = self.step(self.params, self.state, x)
+        jax.block_until_ready((self.params, self.state))
+        return time.perf_counter() - start
+
+
+class Times(NamedTuple):
+    """Seconds of a call within the window, and of the whole window."""
+
+    within: float
+    window: float
+
+
+def window(within: Runner, last: Runner, x: Any) -> Times:
+    inside = within.run(x, EVERY - 1)
+    return Times(inside / (EVERY - 1), inside + last.run(x, 1))
+
+
+def in_turns(
+    runners: dict[str, tuple[Runner, Runner]], x: Any, turns: int
+) -> list[dict[str, Times]]:
+    """In each turn a window of each form. The first turn compiles, and is dropped."""
+    found = [
+        {name: window(*pair, x) for name, pair in runners.items()}
+        for _ in range(turns + 1)
+    ]
+    return found[1:]
+
+
+def print_times(
+    title: str, turns: list[dict[str, float]], baseline: str
+) -> dict[str, float]:
+    """Prints a table; gives each form's median ratio to the baseline."""
+    medians, rows = {}, []
+    for name in turns[0]:
+        ratios = [turn[name] / turn[baseline] for turn in turns]
+        medians[name] = statistics.median(ratios)
+        milliseconds = 1e3 * statistics.median(turn[name] for turn in turns)
+        numbers = [milliseconds, medians[name], min(ratios), max(ratios)]
+        rows.append([name, *(f"{x:.2f}" for x in numbers)])
+    report.table(title, ["", "ms", "ratio", "least", "most"], rows)
+    return medians
+
+
+def optimizer_times(scale: Scale) -> float:
+    """Optimizer steps against the least that they can do. Gives the bar's ratio."""
+    key = jax.random.key(0)
+    shape = (scale.matrices, scale.width, scale.width)
+    params = list(jax.random.normal(key, shape))
+    grads = jax.tree.map(jnp.cos, params)
+
+    def add(acc: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        return jax.tree.map(jnp.add, acc, grads), state
+
+    steps = {name: Runner(f, params) for name, f in forms.optimizer_steps().items()}
+    plain = steps.pop(forms.PLAIN)
+    baseline = "acc += g"
+    runners = {name: (step, step) for name, step in steps.items()}
+    adds = Runner(forms.Form(add, lambda params: ()), params)
+    turns = in_turns({baseline: (adds, plain)} | runners, grads, scale.repeats)
+    what = f"{scale.matrices} matrices of {scale.width} x {scale.width}"
+    within = print_times(
+        f"A call within a window, {what}",
+        [{name: t.within for name, t in turn.items()} for turn in turns],
+        baseline,
+    )
+    print_times(
+        f"A window of {EVERY} calls; the baseline ends in one plain AdamW step",
+        [{name: t.window for name, t in turn.items()} for turn in turns],
+        baseline,
+    )
+    return within[forms.APPLY_GRADIENTS]
+
+
+def train_times(scale: Scale) -> None:
+    name, loss, init, batch = model(scale.trained)
+    params = init()
+
+    def gradient(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
+        del state
+        return params, jax.value_and_grad(loss)(params, batch)
+
+    def nothing(params: Any) -> Any:
+        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+
+    steps = {name: Runner(f, params) for name, f in forms.train_steps(loss).items()}
+    plain = steps.pop(forms.PLAIN)
+    gradients = Runner(forms.Form(gradient, nothing), params)
+    baseline = f"{EVERY} gradients, 1 AdamW step"
+    runners = {name: (step, step) for name, step in steps.items()}
+    turns = in_turns({baseline: (gradients, plain)} | runners, batch, scale.repeats)
+    print_times(
+        f"A window of {EVERY} train steps, {name}",
+        [{name: t.window for name, t in turn.items()} for turn in turns],
+        baseline,
+    )
+
+
+def inner_runs() -> int:
+    """How often the inner optimizer runs in a window. Gives accumax's most."""
+    calls = []
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        jax.debug.callback(lambda: calls.append(1))
+        return forms.ADAMW.update(updates, state, params)
+
+    counted = optax.GradientTransformation(forms.ADAMW.init, update)
+
+    def loss(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.sum(params * x)
+
+    every = optax.chain(counted, optax.apply_every(EVERY))
+    steps = forms.train_steps(loss, inner=counted)
+    del steps[forms.PLAIN]
+    steps = {"optax.apply_every": forms.whole(forms.applied(every), loss)} | steps
+    runs = {}
+    for name, form in steps.items():
+        Runner(form, jnp.ones(4)).run(jnp.ones(4), EVERY)
+        jax.effects_barrier()
+        runs[name] = len(calls)
+        calls.clear()
+    report.table(
+        f"Runs of the inner optimizer in a window of {EVERY}",
+        ["", "runs"],
+        [[name, f"{n}"] for name, n in runs.items()],
+    )
+    return max(n for name, n in runs.items() if not name.startswith("optax."))
+
+
+def compile_times(scale: Scale) -> float:
+    what, loss, init, batch = model(scale.compiled)
+    every = forms.train_steps(loss)
+    steps = {name: every[name] for name in (forms.PLAIN, forms.TRAIN_STEP)}
+    shapes, on = jax.eval_shape(init), jax.devices()[0]
+    found = targets.compiled_in_turns(steps, shapes, batch, on, scale.compiles)
+    title = f"Compilation of a train step, median of {scale.compiles}, {what}"
+    return targets.print_compile_times(found, title)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="only see that it runs")
+    parser.add_argument("--repeats", type=int, help="windows that are timed")
+    args = parser.parse_args(argv)
+    scale = QUICK if args.quick else Scale()
+    scale = scale._replace(repeats=args.repeats or scale.repeats)
+
+    chip = jax.devices()[0].device_kind
+    what = "accumax, run" + (" (quick, not a measurement)" if args.quick else "")
+    report.header(what, report.host() if chip == "cpu" else f"{chip}, {report.host()}")
+    bars = [
+        ("apply_gradients in a window / (acc += g)", optimizer_times(scale), 1.25),
+        ("runs of the inner optimizer in a window", inner_runs(), 1),
+        ("compile time of train_step / plain", compile_times(scale), 1.3),
+        (
+            "distance / the float32 big batch's, median",
+            accuracy.table(scale.seeds, scale.windows),
+            2.0,
+        ),
+    ]
+    train_times(scale)
+    report.bars(bars)
+
+
+if __name__ == "__main__":
+    main()
