@@ -6,6 +6,7 @@ their arithmetic does, in `_accumulator.py`.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -50,9 +51,9 @@ def add_backward(
 
     Not every loss can be differentiated into refs: JAX before 0.12 fails where one
     takes a slice of a parameter, 0.12 where it calls `lax.optimization_barrier`. What
-    fails is traced again with those parameters, then with all, behind a port; a ported
-    parameter has a gradient, which is then added. So is all that runs without jit,
-    where XLA does not make one program of it and there is nothing to save.
+    fails is traced again with those parameters, then with a warning with all, behind a
+    port; a ported parameter has a gradient, which is then added. So is all that runs
+    without jit, where XLA does not make one program of it and there is nothing to save.
 
     Args:
       fun: `(params) -> (loss, (taken, aux))`: loss a real scalar; taken, () bool,
@@ -64,15 +65,24 @@ def add_backward(
     Returns:
       `(aux, sums)`.
     """
+    failure = None
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, sums))):
         for ported in _ports(fun, params, sums):
             run = functools.partial(_add_backward, fun, ported)
             try:
                 return _isolated(run, params, sums, first)
-            except Exception:  # an error of `fun` itself comes again below
-                continue
+            except Exception as error:  # one of `fun` itself comes again below
+                failure = repr(error).splitlines()[0]
     every = jax.tree.map(lambda _: True, params)
-    return _add_backward(fun, every, params, sums, first)
+    out = _add_backward(fun, every, params, sums, first)
+    if failure is not None:
+        warnings.warn(
+            f"JAX {jax.__version__} could not add this loss's gradient in place "
+            f"({failure}), so a gradient tree is built and added. The update is the "
+            "same; in_place=False does it without this warning.",
+            stacklevel=3,
+        )
+    return out
 
 
 def _add_backward(
