@@ -92,7 +92,7 @@ def accumulate(
 
     References:
       `optax.MultiSteps` does this with a running mean, weights of 1 and the optimizer
-      in every call; Optax issues are named beside the tests.
+      in every call; `tests/test_peers.py` names what else differs.
     """
     if not isinstance(inner, optax.GradientTransformation):
         raise TypeError(
@@ -120,7 +120,9 @@ def has_updated(opt_state: optax.OptState) -> jax.Array:
 
     Args:
       opt_state: an `AccumulateState`, or a state that holds one or several (in a chain,
-        a `multi_transform`, ...); with several, whether any of them applied one.
+        a `multi_transform`, ...); with several, whether any of them applied one. A
+        wrapper that goes back to an old state, as `optax.apply_if_finite` does, takes
+        the flag back with it; nonfinite="skip" does not.
 
     Raises:
       TypeError: there is no `AccumulateState` in `opt_state`.

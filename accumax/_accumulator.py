@@ -31,7 +31,7 @@ class Sums(NamedTuple):
 
 
 class Accumulator(NamedTuple):
-    """The three steps of a window.
+    """The steps of a window, and two of the options that they were made with.
 
     Attributes:
       nonfinite: the policy.
@@ -44,8 +44,7 @@ class Accumulator(NamedTuple):
         never read. `accepted`, () bool: false if the policy or the weight refused the
         contribution, which then added nothing.
       tally: `(sums, weight, args, *, first) -> (sums, accepted)`: `add` for gradients
-        that the backward pass has already added, in which nothing can be refused any
-        more.
+        that the backward pass has already added: only the weight can be refused.
       result: `(sums) -> (grads, args)`: the reduced gradient, in at least float32, and
         the weighted means of the averaged arguments.
     """

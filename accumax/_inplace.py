@@ -176,7 +176,8 @@ def _ports(fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree) -> Iterat
         sliced = _sliced(fun, params)
     except Exception:
         return
-    yield jax.tree.map(lambda a, b: a or b, dtypes, sliced)
+    if any(jax.tree.leaves(sliced)):  # else it would be the first again
+        yield jax.tree.map(lambda a, b: a or b, dtypes, sliced)
 
 
 def _sliced(fun: Callable[[PyTree], Any], params: PyTree) -> PyTree:
