@@ -4,25 +4,25 @@ Only what is deterministic: memory, copies, traces. Times are in `benchmarks/`.
 """
 
 import functools
-import re
 
+import forms
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
+import targets
 import transformer
+from forms import ADAMW, EVERY
 from problems import init, loss_fn
 
 import accumax
 
-ADAMW = optax.adamw(1e-3)
-EVERY = 8
-MATRICES = [jax.ShapeDtypeStruct((1024, 1024), jnp.float32)] * 16
+MATRICES = forms.matrices()
 MATRIX = 1024 * 1024 * 4
 
 
-def compiled(step, tx, params, *args):
-    state = jax.eval_shape(tx.init, params)
+def compiled(step, init_state, params, *args):
+    state = jax.eval_shape(init_state, params)
     return jax.jit(step, donate_argnums=(0, 1)).lower(params, state, *args).compile()
 
 
@@ -31,18 +31,9 @@ def memory(compiled):
     return analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
 
 
-def copies(compiled, shape="f32\\[1024,1024\\]"):
-    """Copies of a parameter's size in the HLO, alone or as the root of a fusion."""
-    return len(re.findall(rf"= {shape}\S* copy(?:-start)?\(", compiled.as_text()))
-
-
-def optax_form(tx, loss):
-    def step(params, state, *args):
-        grads = jax.grad(loss)(params, *args)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return step
+def copies(compiled):
+    """Copies of a matrix's size, wherever they stand in the program."""
+    return targets.copies(compiled.as_text(), MATRICES)[0]
 
 
 @functools.cache
@@ -51,22 +42,19 @@ def transformer_memory(form):
     params = transformer.shapes(size)
     loss = functools.partial(transformer.loss, size)
     tokens = jax.ShapeDtypeStruct((size.rows, size.length + 1), jnp.int32)
-    tx = {"plain": ADAMW, "MultiSteps": optax.MultiSteps(ADAMW, EVERY)}.get(
-        form, accumax.accumulate(ADAMW, EVERY)
-    )
-    step = (
-        accumax.train_step(loss, tx) if form == "train_step" else optax_form(tx, loss)
-    )
-    return memory(compiled(step, tx, params, tokens))
+    step, init_state = forms.train_steps(loss)[form]
+    return memory(compiled(step, init_state, params, tokens))
 
 
 def test_a_train_step_takes_at_most_five_percent_more_memory_than_no_accumulation():
-    assert transformer_memory("train_step") <= 1.05 * transformer_memory("plain")
+    assert transformer_memory(forms.TRAIN_STEP) <= 1.05 * transformer_memory(
+        forms.PLAIN
+    )
 
 
 def test_the_optax_form_takes_an_eighth_less_memory_than_multisteps():
-    ours = transformer_memory("accumulate")
-    assert ours <= 0.87 * transformer_memory("MultiSteps")
+    ours = transformer_memory(forms.ACCUMULATE)
+    assert ours <= 0.87 * transformer_memory(forms.MULTISTEPS)
 
 
 def test_a_policy_takes_no_more_memory_than_one_gradient_tree():
@@ -78,7 +66,7 @@ def test_a_policy_takes_no_more_memory_than_one_gradient_tree():
 
     def of(nonfinite):
         tx = accumax.accumulate(ADAMW, EVERY, nonfinite=nonfinite)
-        return memory(compiled(accumax.train_step(loss, tx), tx, params, tokens))
+        return memory(compiled(accumax.train_step(loss, tx), tx.init, params, tokens))
 
     for nonfinite in ("skip", "drop"):
         assert of(nonfinite) <= of("propagate") + 1.05 * parameters
@@ -91,28 +79,22 @@ def test_apply_gradients_copies_no_parameter_and_needs_no_memory(extra):
     def step(params, state, grads):
         return accumax.apply_gradients(tx, params, state, grads, **extra)
 
-    step = compiled(step, tx, MATRICES, MATRICES)
+    step = compiled(step, tx.init, MATRICES, MATRICES)
     assert copies(step) == 0
     assert step.memory_analysis().temp_size_in_bytes < 0.01 * MATRIX
 
 
 def test_the_boundary_alone_copies_no_parameter():
     tx = accumax.accumulate(ADAMW, EVERY)
-    step = compiled(functools.partial(accumax.flush, tx), tx, MATRICES)
+    step = compiled(functools.partial(accumax.flush, tx), tx.init, MATRICES)
     assert copies(step) == 0
     assert step.memory_analysis().temp_size_in_bytes < 0.01 * MATRIX
 
 
 def test_train_step_copies_no_parameter():
-    tx = accumax.accumulate(ADAMW, EVERY)
-
-    def loss(params, x):
-        for w in params:
-            x = jnp.tanh(x @ w)
-        return jnp.sum(x)
-
+    step, init_state = forms.train_steps(forms.matrices_loss)[forms.TRAIN_STEP]
     x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)
-    assert copies(compiled(accumax.train_step(loss, tx), tx, MATRICES, x)) == 0
+    assert copies(compiled(step, init_state, MATRICES, x)) == 0
 
 
 def test_the_count_of_copies_sees_those_of_crossed_outputs():
@@ -122,7 +104,7 @@ def test_the_count_of_copies_sees_those_of_crossed_outputs():
     def crossed(params, state, grads):
         return accumax.apply_gradients(tx, params, state, grads)[::-1]
 
-    assert copies(compiled(crossed, tx, MATRICES, MATRICES)) > 0
+    assert copies(compiled(crossed, tx.init, MATRICES, MATRICES)) > 0
 
 
 def test_every_call_runs_what_the_first_one_traced():
