@@ -31,9 +31,10 @@ class Sums(NamedTuple):
 
 
 class Accumulator(NamedTuple):
-    """The steps of a window, and two of the options that they were made with.
+    """The steps of a window, and some of the options that they were made with.
 
     Attributes:
+      reduction: the reduction.
       nonfinite: the policy.
       averaged_args: the names of the averaged arguments.
       init: `(params) -> sums`.
@@ -49,6 +50,7 @@ class Accumulator(NamedTuple):
         the weighted means of the averaged arguments.
     """
 
+    reduction: Reduction
     nonfinite: NonFinite
     averaged_args: tuple[str, ...]
     init: Callable[[PyTree], Sums]
@@ -131,8 +133,8 @@ def accumulator(
 
     def result(sums: Sums) -> tuple[PyTree, dict[str, jax.Array]]:
         # A window without weight is never applied, but where a conditional becomes a
-        # select (under vmap, on some backends) it is computed.
-        total = jnp.where(sums.weight > 0, sums.weight, 1)
+        # select (under vmap, on some backends) it is computed. A NaN is to be seen.
+        total = jnp.where(sums.weight != 0, sums.weight, 1)
         # The reciprocal: a division by `total` that two readers share (Adam's moments)
         # is materialised by XLA, one more copy of the parameters; a product is fused.
         factor = 1 / total if reduction != "sum" else jnp.ones_like(total)
@@ -144,7 +146,7 @@ def accumulator(
         args = {name: value / total for name, value in sums.args.items()}
         return jax.tree.map(reduced, sums.grads), args
 
-    return Accumulator(nonfinite, averaged_args, init, add, tally, result)
+    return Accumulator(reduction, nonfinite, averaged_args, init, add, tally, result)
 
 
 def accumulator_dtype(grad_dtype: Any, dtype: Any) -> Any:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.core import Tracer
 
 from . import _numerics as numerics
-from ._types import PyTree
+from ._types import ArrayLike, PyTree
 
 T = TypeVar("T")
 
@@ -40,8 +40,37 @@ def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
     return lax.while_loop(lambda carry: carry[0], body, (pred, operand))[1]
 
 
+def reset(sums: PyTree, first: jax.Array, seed: ArrayLike = 1.0) -> Any:
+    """`(sums, seed)`, the sums in place -0.0 if `first`, () bool: a window opens.
+
+    In a loop, because a `where` over the whole accumulator would read and write it in
+    every call. Through the loop goes the seed of the backward pass that follows: else
+    XLA:GPU may schedule the loop last, when all gradients are alive that were to be
+    added after it (16 unrolled layers: 16 gradients in temp, with the seed 1.2).
+    """
+
+    def body(carry: PyTree) -> PyTree:
+        # `where`, though `first` is true here: XLA would merge plain zeros of the same
+        # shape, and then copy them (16 matrices: 15 copies on CPU and GPU).
+        sums, seed = carry
+
+        def zero(s: jax.Array) -> jax.Array:
+            return jnp.where(first, numerics.minus_zero(s.dtype), s)
+
+        return jax.tree.map(zero, sums), jnp.where(first, seed, 0)
+
+    with jax.named_scope("accumax.reset"):
+        # The `where` lets the seed vary over the devices of a `shard_map` as `first`
+        # does.
+        seed = jnp.where(first, seed, jnp.ones_like(seed))
+        return at_most_once(first, body, (sums, seed))
+
+
 def add_backward(
-    fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree, first: jax.Array
+    fun: Callable[[PyTree], Any],
+    params: PyTree,
+    sums: PyTree,
+    first: jax.Array | None = None,
 ) -> tuple[Any, PyTree]:
     """Runs `fun` forward, and backward into `sums`.
 
@@ -60,7 +89,8 @@ def add_backward(
         whether its gradient is to be added, or None for always; aux any tree.
       params: the parameters; each leaf a float array or None.
       sums: the accumulator, of the same structure, in any float dtypes.
-      first: () bool, the window opens here: what `sums` holds is not to be read.
+      first: () bool, the window opens here: what `sums` holds is not to be read. None
+        if it never does.
 
     Returns:
       `(aux, sums)`.
@@ -90,7 +120,7 @@ def _add_backward(
     ported: PyTree,
     params: PyTree,
     sums: PyTree,
-    first: jax.Array,
+    first: jax.Array | None,
 ) -> tuple[Any, PyTree]:
     # A port: zeros that hold no data (XLA drops them) and let a parameter's cotangent
     # out in the accumulator's dtype.
@@ -103,16 +133,6 @@ def _add_backward(
 
         return fun(jax.tree.map(value, params, variables, ported))
 
-    def reset(carry: PyTree) -> PyTree:
-        # `where`, though `first` is true here: XLA would merge plain zeros of the same
-        # shape, and then copy them (16 matrices: 15 copies on CPU and GPU).
-        sums, seed = carry
-
-        def zero(s: jax.Array) -> jax.Array:
-            return jnp.where(first, numerics.minus_zero(s.dtype), s)
-
-        return jax.tree.map(zero, sums), jnp.where(first, seed, 0)
-
     def add(sums: PyTree) -> PyTree:
         refs = jax.tree.map(jax.new_ref, sums)
         vjp.with_refs(refs)(seed)
@@ -121,14 +141,9 @@ def _add_backward(
     variables = jax.tree.map(variable, params, sums, ported)
     vjp: Any  # its with_refs has no type yet
     value, vjp, (taken, aux) = jax.vjp(through, variables, has_aux=True)
-    with jax.named_scope("accumax.reset"):
-        # In a loop, because a `where` over the whole accumulator would read and write
-        # it in every call. And through the loop goes the seed: else XLA:GPU may
-        # schedule the loop last, when all gradients are alive that were to be added
-        # after it (16 unrolled layers: 16 gradients in temp, with the seed 1.2). The
-        # `where` lets the seed vary over the devices of a `shard_map` as `first` does.
-        seed = jnp.where(first, jnp.ones_like(value), 1)
-        sums, seed = at_most_once(first, reset, (sums, seed))
+    seed = jnp.ones_like(value)
+    if first is not None:
+        sums, seed = reset(sums, first, seed)
     with jax.named_scope("accumax.backward"):
         # Not with a seed of 0, by which a NaN would be a NaN still.
         sums = add(sums) if taken is None else at_most_once(taken, add, sums)

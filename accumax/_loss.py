@@ -27,7 +27,7 @@ class Loss(NamedTuple):
         if self.weight is None:
             return self.value
         weight = self.weight.astype(self.value.dtype)
-        counts = weight > 0
+        counts = weight != 0  # and not "> 0": a NaN is to be seen
         return jnp.where(counts, self.value / jnp.where(counts, weight, 1), 0)
 
 
@@ -44,7 +44,7 @@ def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(
                 f"With {has_aux=} and {weighted=} the loss function must return "
-                f"{expected}; it returned {_outline(out)}."
+                f"{expected}; it returned {numerics.outline(out)}."
             )
         out, aux = out
     value, weight = out, None
@@ -52,7 +52,8 @@ def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(
                 f"With {weighted=} the loss function must return {form}, the sum of "
-                f"its items' losses and their number; it returned {_outline(out)}."
+                f"its items' losses and their number; it returned "
+                f"{numerics.outline(out)}."
             )
         value, weight = out
         weight = check_weight(weight, "the weight from the loss function")
@@ -65,10 +66,6 @@ def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
         hint = "" if has_aux else " If it returns (loss, aux), pass has_aux=True."
         raise TypeError(
             f"The loss must be a real floating-point scalar; the loss function "
-            f"returned {_outline(value)}.{hint}"
+            f"returned {numerics.outline(value)}.{hint}"
         )
     return Loss(jnp.asarray(value), weight, aux)
-
-
-def _outline(x: Any) -> str:
-    return str(jax.tree.map(numerics.describe, x))

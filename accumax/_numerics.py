@@ -145,6 +145,11 @@ def describe(x: Any) -> str:
     return f"{name}{list(np.shape(x))}"
 
 
+def outline(tree: PyTree) -> str:
+    """`tree` for an error message: each of its leaves described."""
+    return str(jax.tree.map(describe, tree))
+
+
 def _by_path(tree: PyTree) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_none)
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -3,16 +3,19 @@
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from . import _loss
+from . import _loss, _reduce
 from . import _numerics as numerics
-from ._accumulator import check_weight, counts
-from ._inplace import add_backward
+from ._accumulator import Accumulator, check_weight, counts
+from ._inplace import add_backward, reset
+from ._loop import Loop, live_part
+from ._loss import Loss
+from ._split import Places, Split, split
 from ._types import ArrayLike, PyTree
 from ._window import AccumulateState, check_flush, gradient_of, window_of
 
@@ -79,6 +82,10 @@ def train_step(
     *,
     has_aux: bool = False,
     weighted: bool = False,
+    microbatch_size: int | None = None,
+    batch_argnums: Places = 1,
+    rng_argnums: Places = (),
+    aux: PyTree = "mean",
     in_place: bool = True,
 ) -> Callable[..., tuple[PyTree, AccumulateState, Any]]:
     """A training step whose backward pass adds into the accumulator; no gradient tree.
@@ -107,6 +114,13 @@ def train_step(
         () float. The update is that of the sum of all sums over the sum of all weights
         (the reduction "sum" does not divide). A call of weight 0 adds nothing, whatever
         its gradient is. Static.
+      microbatch_size: divides each call further, into microbatches of so many rows, as
+        `accumax.value_and_grad` does it: the same update, at the memory of one of them.
+        The loss must be a mean over its rows for the reduction "mean", and is taken for
+        a sum over them under the others. Static.
+      batch_argnums, rng_argnums, aux: with `microbatch_size`, as for
+        `accumax.value_and_grad`: positions among `loss_fn`'s arguments, of which
+        `params` is number 0. Static.
       in_place: False selects the twin that carries the gradient tree. Static.
 
     Returns:
@@ -146,6 +160,26 @@ def train_step(
         )
     carried = not in_place or window.accumulator.nonfinite != "propagate"
     names = _parameters(loss_fn)
+    if microbatch_size is None:
+        if rng_argnums != ():
+            raise ValueError(
+                f"{rng_argnums=} folds the index of a microbatch into keys, and there "
+                "are none. Pass microbatch_size, or a new key in every call."
+            )
+        backward = _at_once(loss_fn, has_aux, weighted)
+    else:
+        accumulator = window.accumulator
+        loop = Loop(
+            losses=(loss_fn,),
+            has_aux=has_aux,
+            weighted=weighted,
+            mean=weighted or accumulator.reduction == "mean",
+            aux=_reduce.check(aux),
+            unroll=1,
+            in_place=in_place,
+        )
+        divide = split(microbatch_size, None, batch_argnums, rng_argnums)
+        backward = _by_microbatch(loop, divide, accumulator)
 
     def step(
         params: PyTree,
@@ -169,36 +203,93 @@ def train_step(
                 "loss_fn's arguments by position: step(params, opt_state, batch, ...)."
             )
         model = gradient_of(params)
-        live = jax.tree.map(numerics.strong, numerics.differentiable(model))
-
-        def fun(live: PyTree) -> tuple[jax.Array, Any]:
-            out = loss_fn(numerics.restore(live, model), *args)
-            loss = _loss.read(out, has_aux=has_aux, weighted=weighted)
-            taken = None if loss.weight is None else counts(loss.weight)
-            return loss.value, (taken, loss)
-
-        first = opt_state.mini_step == 0
-        sums, add = window.sums(opt_state), window.accumulator.add
+        first, sums = opt_state.mini_step == 0, window.sums(opt_state)
+        add = window.accumulator.add
         if carried or weight is not None:
-            value, vjp, (_, loss) = jax.vjp(fun, live, has_aux=True)
-            (grads,) = vjp(jnp.ones_like(value))
+            loss, grads, usable = backward.gradient(model, args)
             add = functools.partial(add, grads=grads, summed=weighted)
         else:
-            loss, grads = add_backward(fun, live, sums.grads, first)
+            loss, grads, usable = backward.add(model, args, sums.grads, first)
             sums, add = sums._replace(grads=grads), window.accumulator.tally
-        extra_args = {"value": loss.mean()} | extra_args
+        extra_args = {"value": loss.value} | extra_args
         window.check(opt_state, extra_args)
         items = loss.weight
         if items is None:
             items = check_weight(1.0 if weight is None else weight)
+        elif window.accumulator.nonfinite != "propagate":
+            items = jnp.where(usable, items, jnp.nan)  # all of the call, or nothing
         sums, accepted = add(sums, weight=items, args=extra_args, first=first)
 
-        progress = window.progress(opt_state, accepted, flush)
+        progress = window.progress(opt_state, accepted & usable, flush)
         params, new_state = window.close(params, opt_state, sums, progress, extra_args)
-        out = (loss.mean(), loss.aux) if has_aux else loss.mean()
+        out = (loss.value, loss.aux) if has_aux else loss.value
         return params, new_state, out
 
     return step
+
+
+class _Backward(NamedTuple):
+    """The backward pass of a call. The loss that comes with it is a mean if weighted.
+
+    Attributes:
+      gradient: `(model, args) -> (loss, grads, usable)`; usable, () bool: false if a
+        microbatch was left out for its weight.
+      add: `(model, args, sums, first) -> (loss, sums, usable)`: in place.
+    """
+
+    gradient: Callable[[PyTree, tuple], tuple[Loss, PyTree, ArrayLike]]
+    add: Callable[..., tuple[Loss, PyTree, ArrayLike]]
+
+
+def _at_once(loss_fn: Callable[..., Any], has_aux: bool, weighted: bool) -> _Backward:
+    def of(model: PyTree, args: tuple) -> Callable[[PyTree], tuple[jax.Array, Any]]:
+        def fun(live: PyTree) -> tuple[jax.Array, Any]:
+            out = loss_fn(numerics.restore(live, model), *args)
+            loss = _loss.read(out, has_aux=has_aux, weighted=weighted)
+            taken = None if loss.weight is None else counts(loss.weight)
+            return loss.value, (taken, loss._replace(value=loss.mean()))
+
+        return fun
+
+    def gradient(model: PyTree, args: tuple) -> tuple[Loss, PyTree, ArrayLike]:
+        live = live_part(model)
+        value, vjp, (_, loss) = jax.vjp(of(model, args), live, has_aux=True)
+        return loss, vjp(jnp.ones_like(value))[0], True
+
+    def add(
+        model: PyTree, args: tuple, sums: PyTree, first: jax.Array
+    ) -> tuple[Loss, PyTree, ArrayLike]:
+        loss, sums = add_backward(of(model, args), live_part(model), sums, first)
+        return loss, sums, True
+
+    return _Backward(gradient, add)
+
+
+def _by_microbatch(loop: Loop, divide: Split, accumulator: Accumulator) -> _Backward:
+    def run(
+        model: PyTree, args: tuple, grads: PyTree
+    ) -> tuple[Loss, PyTree, ArrayLike]:
+        call = model, *args
+        parts = divide.parts(loop.losses[0], (0,), call, {})
+        # The call stands for what it would without microbatches: for one mean.
+        averaged = loop.mean and not loop.weighted
+
+        def seed(rows: int) -> float:
+            return rows / parts.rows if averaged else 1.0
+
+        out = loop.run(call, (0,), parts, (grads,), seed=seed, counts=counts)
+        return out.losses[0], out.grads[0], out.accepted
+
+    def gradient(model: PyTree, args: tuple) -> tuple[Loss, PyTree, ArrayLike]:
+        zeros = numerics.minus_zeros_like(accumulator.init(model).grads)
+        return run(model, args, zeros)
+
+    def add(
+        model: PyTree, args: tuple, sums: PyTree, first: jax.Array
+    ) -> tuple[Loss, PyTree, ArrayLike]:
+        return run(model, args, reset(sums, first)[0])
+
+    return _Backward(gradient, add)
 
 
 def _parameters(fun: Callable[..., Any]) -> set[str]:

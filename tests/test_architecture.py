@@ -10,24 +10,61 @@ import accumax
 PACKAGE = pathlib.Path(accumax.__file__).parent
 
 # A room may import those that are listed. Arrows go one way:
-# _types -> _numerics -> _accumulator -> _inplace, _loss -> _window -> the public forms.
+# _types -> _numerics -> _accumulator -> _inplace, _loss, _split -> _reduce -> _window,
+# _loop -> the public forms.
 ALLOWED = {
     "_types": set(),
     "_numerics": {"_types"},
     "_accumulator": {"_types", "_numerics"},
     "_inplace": {"_types", "_numerics"},
     "_loss": {"_numerics", "_accumulator"},
+    "_split": {"_types", "_numerics"},
+    "_reduce": {"_types", "_numerics", "_split"},
     "_window": {"_types", "_numerics", "_accumulator", "_inplace"},
+    "_loop": {
+        "_types",
+        "_numerics",
+        "_accumulator",
+        "_inplace",
+        "_loss",
+        "_split",
+        "_reduce",
+    },
     "_accumulate": {"_types", "_accumulator", "_window"},
+    "_microbatch": {
+        "_types",
+        "_numerics",
+        "_accumulator",
+        "_split",
+        "_reduce",
+        "_loop",
+    },
+    "_recompute": {
+        "_types",
+        "_numerics",
+        "_accumulator",
+        "_split",
+        "_reduce",
+        "_loop",
+    },
     "_train_step": {
         "_types",
         "_numerics",
         "_accumulator",
         "_inplace",
         "_loss",
+        "_split",
+        "_reduce",
+        "_window",
+        "_loop",
+    },
+    "__init__": {
+        "_accumulate",
+        "_microbatch",
+        "_recompute",
+        "_train_step",
         "_window",
     },
-    "__init__": {"_accumulate", "_train_step", "_window"},
 }
 # What a room may import from outside. Flax is for accumax.linen and accumax.nnx alone.
 OUTSIDE = {"jax", "optax", "numpy", *sys.stdlib_module_names}
@@ -77,6 +114,9 @@ def test_index_is_what_the_design_names():
         "accumulate",
         "apply_gradients",
         "flush",
+        "grad",
         "has_updated",
+        "microbatch",
         "train_step",
+        "value_and_grad",
     }

@@ -53,8 +53,9 @@ def test_another_form_is_an_error_that_says_what_came(out, has_aux, weighted, wo
         assert word in str(caught.value)
 
 
-def test_a_traced_weight_is_not_an_error():
+def test_a_traced_weight_that_is_wrong_is_no_error_but_shows():
     def mean(weight):
         return _loss.read((LOSS, weight), has_aux=False, weighted=True).mean()
 
-    assert jax.jit(mean)(np.float32(-1)) == 0
+    assert jax.jit(mean)(np.float32(-1)) == -LOSS
+    assert np.isnan(jax.jit(mean)(np.float32(np.nan)))

@@ -220,10 +220,43 @@ def test_keras_advances_the_learning_rate_schedule_in_every_microstep():
 
 
 def test_microbatching_loses_a_sum_of_ones_in_bfloat16():
-    # optax.microbatching's mean of 1024 ones in bf16 is 0.25.
-    ones = [jnp.ones((), jnp.bfloat16)] * 1024
-    emitted, _ = run(accumax.accumulate(SGD, 1024), ones, jnp.bfloat16(0))
+    def mean(w, x):
+        return jnp.mean(w * x)
+
+    w, ones = jnp.bfloat16(1), jnp.ones(1024, jnp.bfloat16)
+    peer = optax.microbatching.microbatch(
+        jax.grad(mean), 1, 1, optax.microbatching.AccumulationType.MEAN
+    )
+    assert peer(w, ones) == 0.25
+    assert accumax.grad(mean, microbatch_size=1)(w, ones) == 1
+    # And across calls.
+    emitted, _ = run(accumax.accumulate(SGD, 1024), list(ones), jnp.bfloat16(0))
     assert emitted[-1] == -1
+
+
+def test_microbatching_has_one_dropout_mask_for_all():
+    def fun(w, x, key):
+        mask = jax.random.bernoulli(key, 0.5, x.shape)
+        return jnp.mean(w * x * mask), mask
+
+    x, key = jnp.ones(64), jax.random.key(0)
+    peer = optax.microbatching.microbatch(
+        fun, 1, 32, optax.microbatching.AccumulationType.CONCAT
+    )
+    _, mask = peer(1.0, x, key)
+    assert jnp.all(mask[::2] == mask[1::2])
+    f = accumax.grad(fun, has_aux=True, microbatch_size=32, rng_argnums=2, aux="concat")
+    _, mask = f(1.0, x, key)
+    assert not jnp.all(mask[::2] == mask[1::2])
+
+
+def test_microbatching_refuses_integer_aux_scalars_and_uneven_batches():
+    def fun(w, x, scale):
+        return jnp.mean(w * x) * scale, jnp.sum(x > 2)
+
+    f = accumax.value_and_grad(fun, has_aux=True, microbatch_size=3, aux="sum")
+    (value, count), grad = jax.jit(f)(1.0, jnp.arange(8.0), 2)
+    assert (value, count, grad) == (7, 5, 7)
 
 
 def test_a_part_of_a_batch_is_never_lost_between_calls_of_different_size():

@@ -1,0 +1,247 @@
+"""The scan over microbatches that the forms within a call share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _loss, _reduce
+from . import _numerics as numerics
+from ._accumulator import Sums, accumulator
+from ._inplace import add_backward, at_most_once
+from ._loss import Loss
+from ._split import Part, Parts
+from ._types import ArrayLike, PyTree
+
+_TREES = accumulator()  # of trees that are sums already, in whatever dtype these have
+
+
+class Outcome(NamedTuple):
+    """What a scan over microbatches gave.
+
+    Attributes:
+      losses: each loss over all microbatches: its value and aux reduced, its weight the
+        sum of those that counted, or None.
+      grads: the accumulator.
+      accepted: () bool, false if a weight did not count that was not 0.
+    """
+
+    losses: list[Loss]
+    grads: PyTree
+    accepted: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """A scan over microbatches whose backward passes add into one accumulator.
+
+    Attributes:
+      losses: the loss functions, all of the same arguments.
+      has_aux, weighted: what the losses return; see `_loss.read`.
+      mean: whether a loss is divided by its weights, or its microbatches, in the end.
+      aux: the reductions of the aux.
+      unroll: as for `lax.scan`.
+      in_place: false selects the twin that carries the gradient tree.
+    """
+
+    losses: tuple[Callable[..., Any], ...]
+    has_aux: bool
+    weighted: bool
+    mean: bool
+    aux: PyTree
+    unroll: int | bool
+    in_place: bool
+
+    def run(
+        self,
+        args: tuple,
+        argnums: tuple[int, ...],
+        parts: Parts,
+        grads: tuple[PyTree, ...],
+        *,
+        seed: Callable[[int], float],
+        counts: Callable[[jax.Array], jax.Array],
+    ) -> Outcome:
+        """Adds the gradient of every microbatch to `grads`.
+
+        Args:
+          args: the positional arguments of the call.
+          argnums: the positions that are differentiated.
+          parts: the call, divided.
+          grads: the accumulator, a tree for each of `argnums`.
+          seed: from the rows of a microbatch to what its gradient is multiplied by,
+            static. If `mean`, several weighted losses are each divided by their own sum
+            of weights too, because they share the accumulator.
+          counts: from a weight to whether what stands for it is added.
+        """
+        live = {n: live_part(args[n]) for n in argnums}
+        sums = dict(zip(argnums, grads, strict=True))
+        terms = [_Term(self, fun, live, parts, seed, counts) for fun in self.losses]
+        if self.weighted and self.mean and len(terms) > 1:
+            _normalise(terms, parts)
+
+        def alone(carry: Any, part: Part) -> Any:
+            grads, (seen,) = carry
+            grads, seen = terms[0].add(grads, seen, part)
+            return grads, [seen]
+
+        def in_turn(carry: Any, part: Part) -> Any:
+            # XLA merges the graphs of losses that are computed one after another, and
+            # then all are alive at once (three equal ones: 3.0 x the memory of one).
+            # Not those in different loops.
+            def turn(carry: Any, n: jax.Array) -> tuple[Any, None]:
+                for i, term in enumerate(terms):
+
+                    def add(carry: Any, i: int = i, term: _Term = term) -> Any:
+                        grads, seen = carry
+                        grads, new = term.add(grads, seen[i], part)
+                        return grads, [*seen[:i], new, *seen[i + 1 :]]
+
+                    carry = at_most_once(n == i, add, carry)
+                return carry, None
+
+            return lax.scan(turn, carry, jnp.arange(len(terms)))[0]
+
+        body = alone if len(terms) == 1 else in_turn
+        carry = sums, [term.begin() for term in terms]
+        sums, seen = parts.scan(body, carry, self.unroll)
+        grads = tuple(sums[n] for n in argnums)
+        accepted = jnp.all(~jnp.stack([s.refused for s in seen]))
+        pairs = zip(terms, seen, strict=True)
+        return Outcome([term.end(s) for term, s in pairs], grads, accepted)
+
+
+class _Seen(NamedTuple):
+    """What the microbatches so far gave for one loss.
+
+    Attributes:
+      value: () at least float32, the weighted sum of the losses; plain if not `mean`.
+      weight: () float, the sum of the weights that counted; of the rows over
+        `Parts.unit` if the loss is not weighted.
+      refused: () bool, whether one did not count that was not 0.
+      aux: the sums of the loss's `Reducer`.
+    """
+
+    value: jax.Array
+    weight: jax.Array
+    refused: jax.Array
+    aux: list[Any]
+
+
+class _Term:
+    """One of the losses of a call: what it adds in each microbatch."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        fun: Callable[..., Any],
+        live: dict[int, PyTree],
+        parts: Parts,
+        seed: Callable[[int], ArrayLike],
+        counts: Callable[[jax.Array], jax.Array],
+    ):
+        self.loop, self.fun, self.live, self.parts = loop, fun, live, parts
+        self.seed, self.counts = seed, counts
+        self.shape = self._shape(0)
+        tail = self._shape(parts.count) if parts.tail else self.shape
+        self.reducer = _reduce.reducer(loop.aux, self.shape.aux, tail.aux, parts)
+
+    def read(self, live: dict[int, PyTree], part: Part) -> Loss:
+        args = list(part.args)
+        for n, x in live.items():
+            args[n] = numerics.restore(x, args[n])
+        out = self.fun(*args, **part.kwargs)
+        return _loss.read(out, has_aux=self.loop.has_aux, weighted=self.loop.weighted)
+
+    def _shape(self, i: int) -> Loss:
+        return jax.eval_shape(lambda x: self.read(x, self.parts.part(i)), self.live)
+
+    def begin(self) -> _Seen:
+        dtype = jnp.promote_types(self.shape.value.dtype, jnp.float32)
+        zero = jnp.zeros((), float)
+        return _Seen(jnp.zeros((), dtype), zero, jnp.bool_(False), self.reducer.init())
+
+    def add(self, grads: PyTree, seen: _Seen, part: Part) -> tuple[PyTree, _Seen]:
+        dtype = seen.value.dtype
+
+        def fun(live: dict[int, PyTree]) -> tuple[jax.Array, Any]:
+            loss = self.read(live, part)
+            taken = None if loss.weight is None else self.counts(loss.weight)
+            value, seed = loss.value, self.seed(part.rows)
+            if not (isinstance(seed, float) and seed == 1):
+                value = value.astype(dtype) * seed
+            return value, (taken, loss)
+
+        loss, grads = backward(fun, self.live, grads, in_place=self.loop.in_place)
+        value, (weight, refused) = loss.value.astype(dtype), self.weigh(loss, part)
+        if loss.weight is not None:
+            value = jnp.where(weight != 0, value, 0)
+        elif self.loop.mean:
+            value = value * weight.astype(dtype)
+        return grads, _Seen(
+            seen.value + value,
+            seen.weight + weight,
+            seen.refused | refused,
+            self.reducer.add(seen.aux, loss.aux, part, weight),
+        )
+
+    def weigh(self, loss: Loss, part: Part) -> tuple[jax.Array, jax.Array]:
+        """() float, the weight of what counts, and () bool, whether it was refused."""
+        if loss.weight is None:
+            share = jnp.asarray(part.rows / self.parts.unit, float)
+            return share, jnp.bool_(False)
+        counts = self.counts(loss.weight)
+        return jnp.where(counts, loss.weight, 0), ~counts & (loss.weight != 0)
+
+    def end(self, seen: _Seen) -> Loss:
+        value = seen.value
+        if self.loop.mean:
+            value = Loss(value, seen.weight, None).mean()
+        return Loss(
+            value.astype(self.shape.value.dtype),
+            seen.weight if self.loop.weighted else None,
+            self.reducer.result(seen.aux, seen.weight),
+        )
+
+
+def _normalise(terms: list[_Term], parts: Parts) -> None:
+    """Lets each weighted loss be seeded with the reciprocal of its sum of weights.
+
+    The sums come from a scan of their own. Where they depend on the batch alone, as the
+    number of tokens does, XLA drops all else from it.
+    """
+
+    def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
+        def added(term: _Term, total: jax.Array) -> jax.Array:
+            weight, _ = term.weigh(term.read(term.live, part), part)
+            return total + weight
+
+        return [added(*pair) for pair in zip(terms, sums, strict=True)]
+
+    sums = parts.scan(body, [jnp.zeros((), float) for _ in terms])
+    for term, total in zip(terms, sums, strict=True):
+        factor = 1 / jnp.where(total != 0, total, 1)
+        seed = term.seed
+        term.seed = lambda rows, factor=factor, seed=seed: factor * seed(rows)
+
+
+def live_part(tree: PyTree) -> PyTree:
+    """What a derivative with respect to `tree` is taken of."""
+    return jax.tree.map(numerics.strong, numerics.differentiable(tree))
+
+
+def backward(
+    fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree, *, in_place: bool
+) -> tuple[Any, PyTree]:
+    """`add_backward`, or its twin that carries the gradient tree."""
+    if in_place:
+        return add_backward(fun, params, sums)
+    value, vjp, (taken, aux) = jax.vjp(fun, params, has_aux=True)
+    (grads,) = vjp(jnp.ones_like(value))
+    weight = jnp.where(True if taken is None else taken, 1.0, 0.0)
+    before = Sums(sums, jnp.zeros((), float), {})
+    after, _ = _TREES.add(before, grads, weight, {}, first=False, summed=True)
+    return aux, after.grads

@@ -1,0 +1,205 @@
+"""Within a call: the big batch's gradient, one microbatch at a time."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from . import _numerics as numerics
+from . import _reduce
+from ._accumulator import Sums, accumulator
+from ._loop import Loop, live_part
+from ._split import Places, at, check_argnums, check_positive, split
+from ._types import DTypeLike, PyTree
+
+Losses: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
+
+
+def value_and_grad(
+    fun: Losses,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    microbatch_size: int | None = None,
+    microbatches: int | None = None,
+    batch_argnums: Places = 1,
+    rng_argnums: Places = (),
+    weighted: bool = False,
+    reduction: Literal["mean", "sum"] = "mean",
+    aux: PyTree = "mean",
+    accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
+    unroll: int | bool = 1,
+    in_place: bool = True,
+) -> Callable[..., tuple[Any, PyTree]]:
+    r"""`jax.value_and_grad` of the whole batch, at the memory of one microbatch.
+
+    The batch is divided into microbatches, whose gradients one scan adds up. For losses
+    :math:`\ell_i` that are means over :math:`n_i` rows, and for weighted ones, which
+    return a sum :math:`s_i` and a weight :math:`w_i`, value and gradient are those of
+
+    .. math:: \frac{\sum_i n_i \ell_i}{\sum_i n_i} \qquad\text{and}\qquad
+       \frac{\sum_i s_i}{\sum_i w_i},
+
+    which is what `jax.value_and_grad` gives for the whole batch at once, to rounding.
+    The backward passes add into the accumulator in place, so that no second gradient
+    exists. Microbatch i of k has the rows i, k + i, 2 k + i, ...: so no row leaves its
+    device if the batch is sharded. If `microbatch_size` does not divide the batch, the
+    last rows are a smaller microbatch, which is compiled besides.
+
+    Jit what calls this, as with every `lax.scan`.
+
+    Args:
+      fun: the loss function; a real floating-point scalar, the mean over the rows that
+        it is given. Or a sequence of loss functions of the same arguments: the values
+        (and aux) come as a tuple, the gradient is that of their sum, and only one of
+        them is alive in memory at a time.
+      argnums: the positions of the arguments to differentiate, as for
+        `jax.value_and_grad`. Leaves that are not floating-point numbers ride along, and
+        have None for a gradient.
+      has_aux: `fun` returns `(loss, aux)`. Static, as are all that follow.
+      microbatch_size: the rows of a microbatch. The last one may have fewer.
+      microbatches: the number of microbatches, which divides the rows. Exactly one of
+        the two.
+      batch_argnums: the position of the argument that holds the batch, or its name if
+        it is passed by keyword, or a tuple of those. All leaves of such an argument
+        have a row for each of the batch along the first axis. Other arguments go to
+        every microbatch as they are.
+      rng_argnums: the same for PRNG keys, typed or raw, or trees of them. Microbatch i
+        gets `jax.random.fold_in(key, i)`, so that no two have the same dropout mask.
+      weighted: `fun` returns `(loss_sum, weight)`, with aux `((loss_sum, weight),
+        aux)`: the sum of its items' losses and their number, both () float. A
+        microbatch of weight 0 adds nothing, whatever its gradient is; if all are of
+        weight 0, value and gradient are 0. Of several losses each is divided by its own
+        weight.
+      reduction: "mean"; or "sum" for losses that are sums over their rows: nothing is
+        divided, also not by the weights.
+      aux: how to reduce the aux: a tree of "mean" (weighted as the loss is), "sum",
+        "last" (the last microbatch's), "stack" (along a new first axis) and "concat"
+        (one value a row, along the first axis and in the order of the batch) that is a
+        prefix of it. Integers take all but "mean".
+      accumulator_dtype: the dtype that gradients are added in; None for their own. With
+        float64 parameters pass float64 or None.
+      unroll: as for `lax.scan`.
+      in_place: False selects the twin that carries a gradient tree through the scan. In
+        float32 both agree to the bit, except for parameters that the loss uses more
+        than once, whose contributions are added one by one.
+
+    Returns:
+      A function of the arguments of `fun` that returns `(value, gradient)`, with aux
+      `((value, aux), gradient)`, all of the dtypes that `jax.value_and_grad` gives. It
+      can be differentiated again, in reverse mode only if it is neither weighted nor of
+      several losses, because of their loops.
+
+    Raises:
+      TypeError, ValueError: for the arguments above at once; at the call, before
+        anything is computed, if it does not fit them. The message names the argument.
+
+    >>> import accumax, jax
+    >>> import jax.numpy as jnp
+    >>> def loss_fn(w, x):
+    ...     return jnp.mean((x @ w - 1) ** 2)
+    >>> w, x = jnp.zeros(3), jnp.arange(30.0).reshape(10, 3)
+    >>> f = jax.jit(accumax.value_and_grad(loss_fn, microbatch_size=4))  # 4, 4 and 2
+    >>> print(*f(w, x))
+    1.0 [-27. -29. -31.]
+    >>> print(*jax.value_and_grad(loss_fn)(w, x))
+    1.0 [-27. -29. -31.]
+
+    References:
+      `optax.microbatching` divides a batch as well; `tests/test_peers.py` names what
+      differs. Several losses: a scan over a switch of them is the only form that XLA
+      does not merge; here the branches are loops, which also pass their buffers on in
+      place.
+    """
+    several = isinstance(fun, Sequence)
+    losses = tuple(fun) if several else (fun,)
+    if not losses or not all(map(callable, losses)):
+        raise TypeError(
+            f"{fun=} must be a loss function, or a sequence of at least one."
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'{reduction=} must be "mean" or "sum".')
+    if not isinstance(unroll, bool):
+        unroll = check_positive("unroll", unroll)
+    divide = split(microbatch_size, microbatches, batch_argnums, rng_argnums)
+    positions = check_argnums(argnums)
+    several_args = isinstance(argnums, Sequence)
+    accumulated = accumulator(reduction=reduction, dtype=accumulator_dtype)
+    loop = Loop(
+        losses=losses,
+        has_aux=has_aux,
+        weighted=weighted,
+        mean=reduction == "mean",
+        aux=_reduce.check(aux),
+        unroll=unroll,
+        in_place=in_place,
+    )
+    seeded = reduction == "mean" and not weighted
+
+    def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        places = at(positions, args)
+        for n in places:
+            if not jax.tree.leaves(live_part(args[n])):
+                raise TypeError(
+                    f"Argument {n}, which is differentiated, holds no floating-point "
+                    f"number: {numerics.outline(args[n])}."
+                )
+        parts = divide.parts(losses[0], places, args, kwargs)
+        live = tuple(live_part(args[n]) for n in places)
+        out = loop.run(
+            args,
+            places,
+            parts,
+            numerics.minus_zeros_like(accumulated.init(live).grads),
+            seed=lambda rows: rows / parts.unit if seeded else 1.0,
+            # A weight that is NaN counts, and so is seen.
+            counts=lambda weight: weight != 0,
+        )
+        weight = out.losses[0].weight
+        if weight is None:
+            weight = jnp.asarray(parts.rows / parts.unit, float)
+        elif several:  # they were divided each by its own
+            weight = jnp.ones((), float)
+        grads, _ = accumulated.result(Sums(out.grads, weight, {}))
+        grads = numerics.cast_like(grads, live)
+
+        values = tuple(loss.value for loss in out.losses)
+        auxs = tuple(loss.aux for loss in out.losses)
+        value, aux = (values, auxs) if several else (values[0], auxs[0])
+        return ((value, aux) if has_aux else value), (
+            grads if several_args else grads[0]
+        )
+
+    return functools.wraps(losses[0], updated=())(value_and_grad_fun)
+
+
+def grad(
+    fun: Losses,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    **options: Any,
+) -> Callable[..., PyTree]:
+    """`jax.grad` of the whole batch, at the memory of one microbatch.
+
+    Args:
+      fun, argnums, has_aux, **options: as for `accumax.value_and_grad`.
+
+    Returns:
+      A function that returns the gradient; with `has_aux`, `(gradient, aux)`.
+
+    >>> import accumax, jax
+    >>> import jax.numpy as jnp
+    >>> f = accumax.grad(lambda w, x: jnp.mean(w * x), microbatches=2)
+    >>> print(jax.jit(f)(1.0, jnp.arange(4.0)))
+    1.5
+    """
+    both = value_and_grad(fun, argnums, has_aux, **options)
+
+    @functools.wraps(both, updated=())
+    def grad_fun(*args: Any, **kwargs: Any) -> PyTree:
+        value, grads = both(*args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return grad_fun

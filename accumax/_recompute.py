@@ -1,0 +1,256 @@
+"""A function of a batch, computed and differentiated one microbatch at a time."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+from . import _numerics as numerics
+from . import _reduce
+from ._accumulator import Accumulator, accumulator
+from ._loop import backward
+from ._split import Part, Parts, Place, Places, split
+from ._types import DTypeLike, PyTree
+
+
+def microbatch(
+    fun: Callable[..., PyTree],
+    *,
+    microbatch_size: int,
+    batch_argnums: Places = 1,
+    rng_argnums: Places = (),
+    accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
+    in_place: bool = True,
+) -> Callable[..., PyTree]:
+    """`fun` of a batch, computed one microbatch at a time: the same outputs.
+
+    Nothing but arguments and outputs is stored. The backward pass computes each
+    microbatch again and adds its share of the parameters' gradient into one
+    accumulator. So a loss over the outputs of a whole batch, in which every example
+    sees every other (InfoNCE and other contrastive losses), has its exact gradient at
+    the memory of one microbatch, and of all outputs.
+
+    Args:
+      fun: a function whose outputs are a tree of arrays with a row for each of the
+        batch along the first axis. It must treat each row for itself.
+      microbatch_size: the rows of a microbatch; the last one may have fewer. Static, as
+        are all that follow.
+      batch_argnums: the arguments that hold the batch; see `accumax.value_and_grad`.
+      rng_argnums: PRNG keys; microbatch i gets `jax.random.fold_in(key, i)`, the same
+        in both passes.
+      accumulator_dtype: the dtype that gradients of parameters are added in; None for
+        their own.
+      in_place: False selects the twin that carries a gradient tree.
+
+    Returns:
+      A function of the arguments of `fun`. It can be differentiated in reverse mode,
+      with respect to all its floating-point arguments, the batch too, and to what `fun`
+      closes over.
+
+    Raises:
+      TypeError, ValueError: for the arguments above at once; at the call if it does not
+        fit them, or if an output does not have the rows of its microbatch.
+
+    >>> import accumax, jax, optax
+    >>> import jax.numpy as jnp
+    >>> embed = accumax.microbatch(lambda w, x: jnp.tanh(x @ w), microbatch_size=2)
+    >>> def loss_fn(w, x, y):
+    ...     scores = embed(w, x) @ embed(w, y).T  # each x with every y
+    ...     which = jnp.arange(len(x))
+    ...     losses = optax.softmax_cross_entropy_with_integer_labels(scores, which)
+    ...     return losses.mean()
+    >>> x = jnp.linspace(-1, 1, 24).reshape(8, 3)
+    >>> print(jax.jit(jax.grad(loss_fn))(jnp.eye(3), x, x).shape)
+    (3, 3)
+
+    References:
+      Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited
+      Setup, arXiv 2101.06983 (GradCache).
+    """
+    if not callable(fun):
+        raise TypeError(f"{fun=} must be a function that returns a row for each row.")
+    divide = split(microbatch_size, None, batch_argnums, rng_argnums)
+    accumulated = accumulator(reduction="sum", dtype=accumulator_dtype)
+
+    @functools.wraps(fun, updated=())
+    def microbatch_fun(*args: Any, **kwargs: Any) -> PyTree:
+        call = args, kwargs
+
+        def parts_of(arrays: PyTree) -> Parts:
+            return divide.parts(fun, (), *numerics.restore(arrays, call))
+
+        def pure(part: Part) -> tuple[Callable[..., PyTree], list[jax.Array]]:
+            """`fun` of arrays, and the arrays that it closes over."""
+
+            def of_arrays(arrays: PyTree) -> PyTree:
+                args, kwargs = numerics.restore(arrays, call)
+                out = fun(*args, **kwargs)
+                _check_rows(out, part.rows)
+                return out
+
+            return jax.closure_convert(of_arrays, _arrays((part.args, part.kwargs)))
+
+        parts = parts_of(_arrays(call))
+        indices = [0, parts.count] if parts.tail else [0]
+        funs, closed = zip(*(pure(parts.part(i)) for i in indices), strict=True)
+
+        def outputs(inputs: PyTree) -> PyTree:
+            return _outputs(funs, parts_of(inputs[0]), inputs[1])
+
+        def forward(primals: PyTree) -> tuple[PyTree, Any]:
+            # Of what is not differentiated, no gradient is computed.
+            wanted = jax.tree.map(lambda x: x.value if x.perturbed else None, primals)
+            others = jax.tree.map(lambda x: None if x.perturbed else x.value, primals)
+            return outputs(numerics.restore(wanted, others)), (wanted, others)
+
+        def backward(residuals: Any, cotangents: PyTree) -> tuple[PyTree]:
+            wanted, others = residuals
+            arrays, _ = numerics.restore(wanted, others)
+            return (
+                _gradient(
+                    funs,
+                    parts_of(arrays),
+                    wanted,
+                    others[1],
+                    cotangents,
+                    accumulated,
+                    in_place,
+                ),
+            )
+
+        differentiable = jax.custom_vjp(outputs)
+        differentiable.defvjp(forward, backward, symbolic_zeros=True)
+        return differentiable((_arrays(call), closed))
+
+    return microbatch_fun
+
+
+def _outputs(funs: Sequence[Callable[..., PyTree]], parts: Parts, closed: Any) -> Any:
+    def run(part: Part) -> PyTree:
+        return funs[part.tail](_arrays((part.args, part.kwargs)), *closed[part.tail])
+
+    def body(sums: list[Any], part: Part) -> list[Any]:
+        return reducer.add(sums, run(part), part, 1.0)
+
+    reducer = _concatenated(run, parts)
+    return reducer.result(parts.scan(body, reducer.init()), 1.0)
+
+
+def _gradient(
+    funs: Sequence[Callable[..., PyTree]],
+    parts: Parts,
+    wanted: PyTree,
+    closed: Any,
+    cotangents: PyTree,
+    accumulated: Accumulator,
+    in_place: bool,
+) -> PyTree:
+    """The gradient of what is `wanted`: the call's arguments, and what is closed over.
+
+    All trees have None for what is not wanted; `closed` is the rest of its kind.
+    """
+    shared = _of_places(wanted[0], parts.places, False), wanted[1]
+    rows = _of_places(wanted[0], parts.places, True)
+    cut = parts.divide(jax.tree.map(_known, cotangents, is_leaf=_is_symbolic))
+
+    def body(carry: tuple[PyTree, list[Any]], part: Part) -> Any:
+        grads, given = carry
+        arrays, ct = _arrays((part.args, part.kwargs)), cut(part.index)
+        here = _where(rows, arrays)
+
+        def product(live: PyTree) -> tuple[jax.Array, Any]:
+            # The gradient of <cotangent, outputs> is the cotangent's way back.
+            consts = numerics.restore(live[1], closed)[part.tail]
+            out = funs[part.tail](numerics.restore(live[0], arrays), *consts)
+            terms = jax.tree.map(
+                lambda c, x: None if c is None else jnp.sum(c * x),
+                ct,
+                out,
+                is_leaf=lambda c: c is None,
+            )
+            return sum(jax.tree.leaves(terms), jnp.zeros(())), (None, None)
+
+        def with_rows(tree: PyTree, here: PyTree) -> PyTree:
+            return numerics.restore(tree[0], here), tree[1]
+
+        live = with_rows(shared, here)
+        sums = with_rows(grads, numerics.minus_zeros_like(here))
+        _, sums = backward(product, live, sums, in_place=in_place)
+        given = reducer.add(given, _where(rows, sums[0]), part, 1.0)
+        return _where(shared, sums), given
+
+    def rows_of(part: Part) -> PyTree:
+        return _where(rows, _arrays((part.args, part.kwargs)))
+
+    reducer = _concatenated(rows_of, parts)
+    grads = numerics.minus_zeros_like(accumulated.init(shared).grads)
+    grads, given = parts.scan(body, (grads, reducer.init()))
+    grads = numerics.cast_like(grads, shared)
+    return numerics.restore(grads[0], reducer.result(given, 1.0)), grads[1]
+
+
+def _concatenated(fun: Callable[[Part], PyTree], parts: Parts) -> _reduce.Reducer:
+    """For what `fun` gives for each microbatch, with one value a row."""
+
+    def shapes(i: int) -> PyTree:
+        return jax.eval_shape(lambda: fun(parts.part(i)))
+
+    full = shapes(0)
+    tail = shapes(parts.count) if parts.tail else full
+    return _reduce.reducer("concat", full, tail, parts)
+
+
+def _check_rows(out: PyTree, rows: int) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(out):
+        if np.shape(x)[:1] != (rows,):
+            raise ValueError(
+                f"The output{jax.tree_util.keystr(path)} of the function is "
+                f"{numerics.describe(x)} for a microbatch of {rows} rows; expected one "
+                "value a row, along the first axis."
+            )
+
+
+def _arrays(tree: PyTree) -> PyTree:
+    """The arrays of `tree`, None for what stays static, as Python numbers do."""
+
+    def array(x: Any) -> jax.Array | None:
+        return jnp.asarray(x) if isinstance(x, (jax.Array, np.ndarray)) else None
+
+    return jax.tree.map(array, tree)
+
+
+def _of_places(call: PyTree, places: frozenset[Place], inside: bool) -> PyTree:
+    """`call`, that is `(args, kwargs)`, with None for what is not inside `places`."""
+
+    def part(place: Place, tree: PyTree) -> PyTree:
+        return tree if (place in places) == inside else jax.tree.map(_none, tree)
+
+    args, kwargs = call
+    return (
+        tuple(part(n, x) for n, x in enumerate(args)),
+        {name: part(name, x) for name, x in kwargs.items()},
+    )
+
+
+def _where(mask: PyTree, tree: PyTree) -> PyTree:
+    """`tree` with None wherever `mask` has None."""
+    return jax.tree.map(
+        lambda m, x: None if m is None else x, mask, tree, is_leaf=lambda m: m is None
+    )
+
+
+def _none(_: Any) -> None:
+    return None
+
+
+def _is_symbolic(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
+
+
+def _known(ct: Any) -> jax.Array | None:
+    """A cotangent; None for one that is zero, as those of integers are."""
+    return ct if not _is_symbolic(ct) and numerics.is_differentiable(ct) else None

@@ -1,0 +1,188 @@
+"""What comes with a loss, from all microbatches: their mean, sum, last, or all."""
+
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import _numerics as numerics
+from ._split import Part, Parts
+from ._types import ArrayLike, PyTree
+
+AuxReduction: TypeAlias = Literal["mean", "sum", "last", "stack", "concat"]
+
+
+class Leaf(NamedTuple):
+    """A leaf of what comes from a microbatch: how to reduce it, its shape and dtype."""
+
+    how: AuxReduction
+    like: jax.ShapeDtypeStruct
+
+
+class Reducer(NamedTuple):
+    """The steps of a reduction over the microbatches of a call.
+
+    Attributes:
+      parts: the microbatches.
+      structure: of the tree that comes from each.
+      leaves: its leaves.
+    """
+
+    parts: Parts
+    structure: Any
+    leaves: list[Leaf]
+
+    def init(self) -> list[Any]:
+        return [self._zeros(how, like) for how, like in self.leaves]
+
+    def add(
+        self, sums: list[Any], tree: PyTree, part: Part, weight: ArrayLike
+    ) -> list[Any]:
+        """Takes in what a microbatch gave, which stands for `weight` items."""
+        weight = jnp.asarray(weight, float)
+
+        def added(leaf: Leaf, a: Any, x: Any) -> Any:
+            match leaf.how:
+                case "mean":
+                    # A weight of 0 is not multiplied in: a mean over no items is 0/0.
+                    product = weight.astype(a.dtype) * jnp.asarray(x, a.dtype)
+                    return a + jnp.where(weight != 0, product, 0)
+                case "sum":
+                    return a + jnp.asarray(x, a.dtype)
+                case "last":
+                    return numerics.strong(x)
+                case "stack":
+                    x = numerics.strong(x)
+                    return lax.dynamic_update_index_in_dim(a, x, part.index, 0)
+            (whole, rest), x = a, numerics.strong(x)
+            if part.tail:
+                return whole, x
+            return lax.dynamic_update_index_in_dim(whole, x, part.index, 1), rest
+
+        each = zip(self.leaves, sums, jax.tree.leaves(tree), strict=True)
+        return [added(leaf, a, x) for leaf, a, x in each]
+
+    def result(self, sums: list[Any], weight: ArrayLike) -> PyTree:
+        """The reduced tree; `weight` is that of all microbatches together."""
+        weight = jnp.asarray(weight, float)
+
+        def reduced(leaf: Leaf, a: Any) -> jax.Array:
+            match leaf.how:
+                case "mean":
+                    mean = a / jnp.where(weight != 0, weight, 1).astype(a.dtype)
+                    return mean.astype(leaf.like.dtype)
+                case "sum":
+                    return a.astype(_sum_dtype(leaf.like))
+                case "last" | "stack":
+                    return a
+            whole, rest = a
+            whole = whole.reshape(-1, *whole.shape[2:])  # in the order of the caller
+            return jnp.concatenate([whole, rest]) if self.parts.tail else whole
+
+        each = zip(self.leaves, sums, strict=True)
+        return self.structure.unflatten([reduced(leaf, a) for leaf, a in each])
+
+    def _zeros(self, how: AuxReduction, like: jax.ShapeDtypeStruct) -> Any:
+        parts, shape = self.parts, like.shape
+        match how:
+            case "mean":
+                return jnp.zeros(shape, jnp.promote_types(like.dtype, jnp.float32))
+            case "sum":
+                dtype = _sum_dtype(like)
+                if jnp.issubdtype(dtype, jnp.inexact):
+                    dtype = jnp.promote_types(dtype, jnp.float32)
+                return jnp.zeros(shape, dtype)
+            case "last":
+                return jnp.zeros(shape, like.dtype)
+            case "stack":
+                count = parts.count + (parts.tail > 0)
+                return jnp.zeros((count, *shape), like.dtype)
+        whole, rest = (parts.size, parts.count), (parts.tail,)
+        return tuple(jnp.zeros(s + shape[1:], like.dtype) for s in (whole, rest))
+
+
+def check(reductions: PyTree) -> PyTree:
+    """`reductions`, a tree of `AuxReduction`.
+
+    Raises:
+      ValueError: one is unknown.
+    """
+    for path, how in jax.tree_util.tree_leaves_with_path(reductions):
+        if not isinstance(how, str) or how not in get_args(AuxReduction):
+            raise ValueError(
+                f"aux{jax.tree_util.keystr(path)}={how!r} must be one of "
+                f"{get_args(AuxReduction)}, or a tree of them that is a prefix of what "
+                "the function returns."
+            )
+    return reductions
+
+
+def reducer(
+    reductions: PyTree, shapes: PyTree, tail_shapes: PyTree, parts: Parts
+) -> Reducer:
+    """How to reduce a tree that has `shapes` in a microbatch, and others in the tail.
+
+    Raises:
+      ValueError: `reductions` is no prefix of it, or a shape does not fit.
+      TypeError: a dtype does not fit.
+    """
+    try:
+        each = jax.tree.broadcast(reductions, shapes)
+    except ValueError as error:
+        raise ValueError(
+            f"aux={reductions!r} must be a prefix of the aux that the function "
+            f"returned, {numerics.outline(shapes)}: {error}"
+        ) from None
+    paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
+    if parts.tail and jax.tree.structure(tail_shapes) != structure:
+        raise ValueError(
+            f"The function returned {numerics.outline(shapes)} for {parts.size} rows "
+            f"and {numerics.outline(tail_shapes)} for the last {parts.tail}; it must "
+            "return one structure, or microbatch_size must divide the batch."
+        )
+    tails = jax.tree.leaves(tail_shapes) if parts.tail else [None] * len(paths)
+    leaves = []
+    for how, (path, like), tail in zip(
+        jax.tree.leaves(each), paths, tails, strict=True
+    ):
+        where = f"aux{jax.tree_util.keystr(path)}"
+        _check(where, how, like, tail, parts)
+        dtype = numerics.dtype_of(like)
+        leaves.append(Leaf(how, jax.ShapeDtypeStruct(like.shape, dtype)))
+    return Reducer(parts, structure, leaves)
+
+
+def _check(
+    where: str, how: AuxReduction, like: Any, tail: Any | None, parts: Parts
+) -> None:
+    got = numerics.describe(like)
+    if how == "mean" and not numerics.is_differentiable(like):
+        raise TypeError(
+            f'{where} is {got}, of which aux="mean" would not be {like.dtype}. Choose '
+            '"sum", "last", "stack" or "concat" for it, or return it as a float.'
+        )
+    if how == "sum" and jnp.issubdtype(like.dtype, jax.dtypes.extended):
+        raise TypeError(
+            f'{where} is {got}, which cannot be added. Choose "last" or "stack" for it.'
+        )
+    if how != "concat":
+        if tail is not None and tail.shape != like.shape:
+            raise ValueError(
+                f"{where} is {got} for {parts.size} rows and {numerics.describe(tail)} "
+                f'for the last {parts.tail}, which aux="{how}" cannot reduce. Choose '
+                '"concat" for one value a row, or a microbatch_size that divides the '
+                f"{parts.rows} rows of the batch."
+            )
+        return
+    for rows, x in ((parts.size, like), (parts.tail, tail)):
+        if x is not None and x.shape[:1] != (rows,):
+            raise ValueError(
+                f'{where} is {numerics.describe(x)} for {rows} rows; aux="concat" '
+                "needs one value a row, along the first axis. Choose "
+                '"stack" for one value a microbatch.'
+            )
+
+
+def _sum_dtype(like: jax.ShapeDtypeStruct) -> Any:
+    return jax.eval_shape(jnp.sum, like).dtype  # that of a boolean is an integer

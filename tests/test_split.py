@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from accumax import _reduce
+from accumax._split import split
+
+
+def parts_of(rows, **options):
+    options = {"microbatch_size": None, "microbatches": None} | options
+    divide = split(batch_argnums=0, rng_argnums=(), **options)
+    return divide.parts(lambda x: x, (), (jnp.arange(rows),), {})
+
+
+@given(rows=st.integers(1, 60), size=st.integers(1, 70))
+def test_every_row_is_in_one_microbatch_and_comes_back_to_its_place(rows, size):
+    parts = parts_of(rows, microbatch_size=size)
+    count = parts.count + (parts.tail > 0)
+    seen = [np.asarray(parts.part(i).args[0]) for i in range(count)]
+    assert sorted(np.concatenate(seen)) == list(range(rows))
+    assert [len(x) for x in seen] == [parts.part(i).rows for i in range(count)]
+    assert {len(x) for x in seen[: parts.count]} == {min(size, rows)}
+    assert count == -(-rows // size)  # as few as can be
+
+    row = jax.ShapeDtypeStruct((parts.size,), jnp.int32)
+    rest = jax.ShapeDtypeStruct((parts.tail,), jnp.int32)
+    reducer = _reduce.reducer("concat", row, rest, parts)
+    sums = reducer.init()
+    for i in range(count):
+        part = parts.part(i)
+        sums = reducer.add(sums, part.args[0], part, 1.0)
+    np.testing.assert_array_equal(reducer.result(sums, 1.0), range(rows))
+
+
+@given(count=st.integers(1, 12), size=st.integers(1, 12))
+def test_a_number_of_microbatches_gives_equal_ones(count, size):
+    parts = parts_of(count * size, microbatches=count)
+    assert (parts.count, parts.size, parts.tail) == (count, size, 0)
+
+
+def test_a_scan_visits_the_smaller_one_last():
+    parts = parts_of(7, microbatch_size=3)
+
+    def body(carry, part):
+        return 10 * carry + jnp.sum(part.args[0]) * 0 + part.index + 1
+
+    assert parts.scan(body, jnp.int32(0)) == 123
+    assert [parts.part(i).tail for i in range(3)] == [False, False, True]
