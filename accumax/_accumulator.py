@@ -93,7 +93,7 @@ def accumulator(
         *,
         first: ArrayLike,
     ) -> tuple[Sums, jax.Array]:
-        return _count(sums, weight, args, first, counts(weight)), _usable(weight)
+        return _count(sums, weight, args, first, counts(weight)), usable(weight)
 
     def add(
         sums: Sums,
@@ -115,7 +115,7 @@ def accumulator(
             return jnp.where(first, g, a + g)
 
         new = jax.tree.map(accumulated, sums.grads, grads)
-        accepted = _usable(weight)
+        accepted = usable(weight)
         if nonfinite != "propagate":
             # The sum and not the gradient: one check sees a NaN, an infinite product
             # and an overflow of the sum.
@@ -195,8 +195,8 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
         info = jnp.finfo(jax.dtypes.canonicalize_dtype(float))
         if not (known == 0 or float(info.tiny) <= known <= float(info.max)):
             raise ValueError(
-                f"{name}={weight} must be 0 or a normal positive {info.dtype}. For a "
-                f"gradient that should not count, pass {name}=0."
+                f"{name} is {weight}; it must be 0 or a normal positive {info.dtype}. "
+                "For a gradient that should not count, let it be 0."
             )
     return jnp.asarray(weight, float)
 
@@ -211,13 +211,14 @@ def concrete(x: Any) -> float | None:
         return None
 
 
+def usable(weight: jax.Array) -> jax.Array:
+    """() bool: whether it is a number of items."""
+    return (weight >= 0) & jnp.isfinite(weight)  # NaN fails both
+
+
 def counts(weight: jax.Array) -> jax.Array:
     """() bool: whether what stands for `weight` items is to be added."""
-    return _usable(weight) & (weight > 0)
-
-
-def _usable(weight: jax.Array) -> jax.Array:
-    return (weight >= 0) & jnp.isfinite(weight)  # NaN fails both
+    return usable(weight) & (weight > 0)
 
 
 def _count(

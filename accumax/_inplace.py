@@ -40,6 +40,19 @@ def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
     return lax.while_loop(lambda carry: carry[0], body, (pred, operand))[1]
 
 
+def after(tree: PyTree, i: int) -> jax.Array:
+    """() int32 `i`, which XLA cannot know before it has computed `tree`.
+
+    So what needs `i` begins when `tree` is there. `lax.optimization_barrier` does not
+    do it: XLA:CPU drops it before it schedules.
+    """
+    leaves = [x for x in jax.tree.leaves(tree) if numerics.is_differentiable(x)]
+    firsts = [jnp.real(x.ravel()[0]).astype(jnp.float32) for x in leaves if x.size]
+    seen = sum(firsts, jnp.zeros((), jnp.float32))
+    never = (seen != seen) & (seen == seen)
+    return jnp.where(never, 0, jnp.int32(i))
+
+
 def reset(sums: PyTree, first: jax.Array, seed: ArrayLike = 1.0) -> Any:
     """`(sums, seed)`, the sums in place -0.0 if `first`, () bool: a window opens.
 

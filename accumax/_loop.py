@@ -1,7 +1,7 @@
 """The scan over microbatches that the forms within a call share."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +26,13 @@ class Outcome(NamedTuple):
       losses: each loss over all microbatches: its value and aux reduced, its weight the
         sum of those that counted, or None.
       grads: the accumulator.
+      weight: () float, what the gradient is to be divided by for a mean.
       accepted: () bool, false if a weight did not count that was not 0.
     """
 
     losses: list[Loss]
     grads: PyTree
+    weight: jax.Array
     accepted: jax.Array
 
 
@@ -42,8 +44,7 @@ class Loop:
       losses: the loss functions, all of the same arguments.
       has_aux, weighted: what the losses return; see `_loss.read`.
       mean: whether a loss is divided by its weights, or its microbatches, in the end.
-      aux: the reductions of the aux.
-      unroll: as for `lax.scan`.
+      aux: the reductions of each loss's aux.
       in_place: false selects the twin that carries the gradient tree.
     """
 
@@ -51,8 +52,7 @@ class Loop:
     has_aux: bool
     weighted: bool
     mean: bool
-    aux: PyTree
-    unroll: int | bool
+    aux: Sequence[PyTree]
     in_place: bool
 
     def run(
@@ -63,7 +63,7 @@ class Loop:
         grads: tuple[PyTree, ...],
         *,
         seed: Callable[[int], float],
-        counts: Callable[[jax.Array], jax.Array],
+        counted: Callable[[jax.Array], jax.Array],
     ) -> Outcome:
         """Adds the gradient of every microbatch to `grads`.
 
@@ -73,15 +73,18 @@ class Loop:
           parts: the call, divided.
           grads: the accumulator, a tree for each of `argnums`.
           seed: from the rows of a microbatch to what its gradient is multiplied by,
-            static. If `mean`, several weighted losses are each divided by their own sum
-            of weights too, because they share the accumulator.
-          counts: from a weight to whether what stands for it is added.
+            static.
+          counted: from a weight to the one that counts; nothing is added for 0.
         """
         live = {n: live_part(args[n]) for n in argnums}
         sums = dict(zip(argnums, grads, strict=True))
-        terms = [_Term(self, fun, live, parts, seed, counts) for fun in self.losses]
+        terms = [
+            _Term(self, fun, live, parts, aux, seed, counted)
+            for fun, aux in zip(self.losses, self.aux, strict=True)
+        ]
+        total = None
         if self.weighted and self.mean and len(terms) > 1:
-            _normalise(terms, parts)
+            total = _normalise(terms, parts)
 
         def alone(carry: Any, part: Part) -> Any:
             grads, (seen,) = carry
@@ -107,11 +110,14 @@ class Loop:
 
         body = alone if len(terms) == 1 else in_turn
         carry = sums, [term.begin() for term in terms]
-        sums, seen = parts.scan(body, carry, self.unroll)
+        sums, seen = parts.scan(body, carry)
         grads = tuple(sums[n] for n in argnums)
         accepted = jnp.all(~jnp.stack([s.refused for s in seen]))
         pairs = zip(terms, seen, strict=True)
-        return Outcome([term.end(s) for term, s in pairs], grads, accepted)
+        losses = [term.end(s) for term, s in pairs]
+        if total is None:
+            total = seen[0].weight
+        return Outcome(losses, grads, total, accepted)
 
 
 class _Seen(NamedTuple):
@@ -140,14 +146,15 @@ class _Term:
         fun: Callable[..., Any],
         live: dict[int, PyTree],
         parts: Parts,
+        aux: PyTree,
         seed: Callable[[int], ArrayLike],
-        counts: Callable[[jax.Array], jax.Array],
+        counted: Callable[[jax.Array], jax.Array],
     ):
         self.loop, self.fun, self.live, self.parts = loop, fun, live, parts
-        self.seed, self.counts = seed, counts
-        self.shape = self._shape(0)
-        tail = self._shape(parts.count) if parts.tail else self.shape
-        self.reducer = _reduce.reducer(loop.aux, self.shape.aux, tail.aux, parts)
+        self.seed, self.counted = seed, counted
+        shapes = [self._shape(part) for part in parts.each()]
+        self.shape = shapes[0]
+        self.reducer = _reduce.reducer(aux, shapes[0].aux, shapes[-1].aux, parts)
 
     def read(self, live: dict[int, PyTree], part: Part) -> Loss:
         args = list(part.args)
@@ -156,8 +163,8 @@ class _Term:
         out = self.fun(*args, **part.kwargs)
         return _loss.read(out, has_aux=self.loop.has_aux, weighted=self.loop.weighted)
 
-    def _shape(self, i: int) -> Loss:
-        return jax.eval_shape(lambda x: self.read(x, self.parts.part(i)), self.live)
+    def _shape(self, part: Part) -> Loss:
+        return jax.eval_shape(lambda x: self.read(x, part), self.live)
 
     def begin(self) -> _Seen:
         dtype = jnp.promote_types(self.shape.value.dtype, jnp.float32)
@@ -169,7 +176,7 @@ class _Term:
 
         def fun(live: dict[int, PyTree]) -> tuple[jax.Array, Any]:
             loss = self.read(live, part)
-            taken = None if loss.weight is None else self.counts(loss.weight)
+            taken = None if loss.weight is None else self.counted(loss.weight) != 0
             value, seed = loss.value, self.seed(part.rows)
             if not (isinstance(seed, float) and seed == 1):
                 value = value.astype(dtype) * seed
@@ -193,8 +200,8 @@ class _Term:
         if loss.weight is None:
             share = jnp.asarray(part.rows / self.parts.unit, float)
             return share, jnp.bool_(False)
-        counts = self.counts(loss.weight)
-        return jnp.where(counts, loss.weight, 0), ~counts & (loss.weight != 0)
+        weight = self.counted(loss.weight)
+        return weight, (weight == 0) & (loss.weight != 0)
 
     def end(self, seen: _Seen) -> Loss:
         value = seen.value
@@ -207,11 +214,13 @@ class _Term:
         )
 
 
-def _normalise(terms: list[_Term], parts: Parts) -> None:
-    """Lets each weighted loss be seeded with the reciprocal of its sum of weights.
+def _normalise(terms: list[_Term], parts: Parts) -> jax.Array:
+    """Lets all weighted losses be divided by one number, () float, which it gives.
 
-    The sums come from a scan of their own. Where they depend on the batch alone, as the
-    number of tokens does, XLA drops all else from it.
+    Each loss is seeded with the ratio of that number, the least of the sums of weights,
+    to its own sum: the reciprocal would underflow in float16. The sums come from a scan
+    of their own. Where they depend on the batch alone, as the number of tokens does,
+    XLA drops all else from it.
     """
 
     def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
@@ -221,11 +230,13 @@ def _normalise(terms: list[_Term], parts: Parts) -> None:
 
         return [added(*pair) for pair in zip(terms, sums, strict=True)]
 
-    sums = parts.scan(body, [jnp.zeros((), float) for _ in terms])
+    sums = jnp.stack(parts.scan(body, [jnp.zeros((), float) for _ in terms]))
+    sums = jnp.where(sums != 0, sums, jnp.inf)  # of a loss that adds nothing
+    least = jnp.min(sums)
     for term, total in zip(terms, sums, strict=True):
-        factor = 1 / jnp.where(total != 0, total, 1)
         seed = term.seed
-        term.seed = lambda rows, factor=factor, seed=seed: factor * seed(rows)
+        term.seed = lambda rows, seed=seed, factor=least / total: factor * seed(rows)
+    return jnp.where(least != jnp.inf, least, 1)
 
 
 def live_part(tree: PyTree) -> PyTree:

@@ -26,9 +26,12 @@ class Loss(NamedTuple):
         """The loss as users read it: () float, 0 if its weight is 0."""
         if self.weight is None:
             return self.value
-        weight = self.weight.astype(self.value.dtype)
+        # In at least float32: 70000 items are infinitely many in float16.
+        dtype = jnp.promote_types(self.value.dtype, jnp.float32)
+        weight = self.weight.astype(dtype)
         counts = weight != 0  # and not "> 0": a NaN is to be seen
-        return jnp.where(counts, self.value / jnp.where(counts, weight, 1), 0)
+        mean = self.value.astype(dtype) / jnp.where(counts, weight, 1)
+        return jnp.where(counts, mean, 0).astype(self.value.dtype)
 
 
 def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:

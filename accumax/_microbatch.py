@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from . import _numerics as numerics
 from . import _reduce
-from ._accumulator import Sums, accumulator
+from ._accumulator import Sums, accumulator, usable
+from ._arguments import Places, at, check_argnums
 from ._loop import Loop, live_part
-from ._split import Places, at, check_argnums, check_positive, split
+from ._split import split
 from ._types import DTypeLike, PyTree
 
 Losses: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
@@ -45,8 +46,9 @@ def value_and_grad(
     which is what `jax.value_and_grad` gives for the whole batch at once, to rounding.
     The backward passes add into the accumulator in place, so that no second gradient
     exists. Microbatch i of k has the rows i, k + i, 2 k + i, ...: so no row leaves its
-    device if the batch is sharded. If `microbatch_size` does not divide the batch, the
-    last rows are a smaller microbatch, which is compiled besides.
+    device if the batch is sharded over as many as divide `microbatch_size`. If
+    `microbatch_size` does not divide the batch, the last rows are a smaller microbatch,
+    which is compiled besides.
 
     Jit what calls this, as with every `lax.scan`.
 
@@ -65,32 +67,37 @@ def value_and_grad(
       batch_argnums: the position of the argument that holds the batch, or its name if
         it is passed by keyword, or a tuple of those. All leaves of such an argument
         have a row for each of the batch along the first axis. Other arguments go to
-        every microbatch as they are.
+        every microbatch as they are: for `loss_fn(params, x, y)` pass (1, 2).
       rng_argnums: the same for PRNG keys, typed or raw, or trees of them. Microbatch i
         gets `jax.random.fold_in(key, i)`, so that no two have the same dropout mask.
       weighted: `fun` returns `(loss_sum, weight)`, with aux `((loss_sum, weight),
         aux)`: the sum of its items' losses and their number, both () float. A
         microbatch of weight 0 adds nothing, whatever its gradient is; if all are of
-        weight 0, value and gradient are 0. Of several losses each is divided by its own
-        weight.
+        weight 0, value and gradient are 0, and with one that is negative or not finite
+        they are NaN. The weight is not differentiated. Of several losses each is
+        divided by its own weight, for which a scan computes the weights first.
       reduction: "mean"; or "sum" for losses that are sums over their rows: nothing is
         divided, also not by the weights.
       aux: how to reduce the aux: a tree of "mean" (weighted as the loss is), "sum",
         "last" (the last microbatch's), "stack" (along a new first axis) and "concat"
         (one value a row, along the first axis and in the order of the batch) that is a
-        prefix of it. Integers take all but "mean".
+        prefix of it. Integers take all but "mean". For several losses one for all, or a
+        tuple with one for each.
       accumulator_dtype: the dtype that gradients are added in; None for their own. With
         float64 parameters pass float64 or None.
-      unroll: as for `lax.scan`.
+      unroll: as for `lax.scan`. True leaves no loop in the program, and still one
+        microbatch at a time in memory: choose it for convolutions on a CPU, whose
+        gradient XLA computes up to a hundred times slower within a loop (JAX issue
+        12868). With `weighted`, add `in_place=False`, which has no loop either.
       in_place: False selects the twin that carries a gradient tree through the scan. In
         float32 both agree to the bit, except for parameters that the loss uses more
         than once, whose contributions are added one by one.
 
     Returns:
       A function of the arguments of `fun` that returns `(value, gradient)`, with aux
-      `((value, aux), gradient)`, all of the dtypes that `jax.value_and_grad` gives. It
-      can be differentiated again, in reverse mode only if it is neither weighted nor of
-      several losses, because of their loops.
+      `((value, aux), gradient)`, all of the dtypes that `jax.value_and_grad` gives. To
+      differentiate it again, pass `in_place=False`; several losses have no derivative
+      in reverse mode, because of their loops.
 
     Raises:
       TypeError, ValueError: for the arguments above at once; at the call, before
@@ -121,19 +128,16 @@ def value_and_grad(
         )
     if reduction not in ("mean", "sum"):
         raise ValueError(f'{reduction=} must be "mean" or "sum".')
-    if not isinstance(unroll, bool):
-        unroll = check_positive("unroll", unroll)
-    divide = split(microbatch_size, microbatches, batch_argnums, rng_argnums)
+    divide = split(microbatch_size, microbatches, batch_argnums, rng_argnums, unroll)
     positions = check_argnums(argnums)
-    several_args = isinstance(argnums, Sequence)
+    several_args = not hasattr(argnums, "__index__")
     accumulated = accumulator(reduction=reduction, dtype=accumulator_dtype)
     loop = Loop(
         losses=losses,
         has_aux=has_aux,
         weighted=weighted,
         mean=reduction == "mean",
-        aux=_reduce.check(aux),
-        unroll=unroll,
+        aux=_reduce.check_each(aux, losses) if several else [_reduce.check(aux)],
         in_place=in_place,
     )
     seeded = reduction == "mean" and not weighted
@@ -141,7 +145,7 @@ def value_and_grad(
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         places = at(positions, args)
         for n in places:
-            if not jax.tree.leaves(live_part(args[n])):
+            if jax.tree.leaves(args[n]) and not jax.tree.leaves(live_part(args[n])):
                 raise TypeError(
                     f"Argument {n}, which is differentiated, holds no floating-point "
                     f"number: {numerics.outline(args[n])}."
@@ -154,15 +158,10 @@ def value_and_grad(
             parts,
             numerics.minus_zeros_like(accumulated.init(live).grads),
             seed=lambda rows: rows / parts.unit if seeded else 1.0,
-            # A weight that is NaN counts, and so is seen.
-            counts=lambda weight: weight != 0,
+            # One that cannot be is not refused: there is no state to count it in.
+            counted=lambda weight: jnp.where(usable(weight), weight, jnp.nan),
         )
-        weight = out.losses[0].weight
-        if weight is None:
-            weight = jnp.asarray(parts.rows / parts.unit, float)
-        elif several:  # they were divided each by its own
-            weight = jnp.ones((), float)
-        grads, _ = accumulated.result(Sums(out.grads, weight, {}))
+        grads, _ = accumulated.result(Sums(out.grads, out.weight, {}))
         grads = numerics.cast_like(grads, live)
 
         values = tuple(loss.value for loss in out.losses)

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from . import _numerics as numerics
 from . import _reduce
 from ._accumulator import Accumulator, accumulator
+from ._arguments import Place, Places
 from ._loop import backward
-from ._split import Part, Parts, Place, Places, split
+from ._split import Part, Parts, split
 from ._types import DTypeLike, PyTree
 
 
@@ -24,6 +26,7 @@ def microbatch(
     batch_argnums: Places = 1,
     rng_argnums: Places = (),
     accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
+    unroll: int | bool = 1,
     in_place: bool = True,
 ) -> Callable[..., PyTree]:
     """`fun` of a batch, computed one microbatch at a time: the same outputs.
@@ -43,7 +46,8 @@ def microbatch(
       rng_argnums: PRNG keys; microbatch i gets `jax.random.fold_in(key, i)`, the same
         in both passes.
       accumulator_dtype: the dtype that gradients of parameters are added in; None for
-        their own.
+        their own. With float64 parameters pass float64 or None.
+      unroll: as for `accumax.value_and_grad`: True for convolutions on a CPU.
       in_place: False selects the twin that carries a gradient tree.
 
     Returns:
@@ -73,7 +77,7 @@ def microbatch(
     """
     if not callable(fun):
         raise TypeError(f"{fun=} must be a function that returns a row for each row.")
-    divide = split(microbatch_size, None, batch_argnums, rng_argnums)
+    divide = split(microbatch_size, None, batch_argnums, rng_argnums, unroll)
     accumulated = accumulator(reduction="sum", dtype=accumulator_dtype)
 
     @functools.wraps(fun, updated=())
@@ -92,11 +96,10 @@ def microbatch(
                 _check_rows(out, part.rows)
                 return out
 
-            return jax.closure_convert(of_arrays, _arrays((part.args, part.kwargs)))
+            return _convert(of_arrays, _arrays((part.args, part.kwargs)))
 
-        parts = parts_of(_arrays(call))
-        indices = [0, parts.count] if parts.tail else [0]
-        funs, closed = zip(*(pure(parts.part(i)) for i in indices), strict=True)
+        each = parts_of(_arrays(call)).each()
+        funs, closed = zip(*map(pure, each), strict=True)
 
         def outputs(inputs: PyTree) -> PyTree:
             return _outputs(funs, parts_of(inputs[0]), inputs[1])
@@ -129,6 +132,24 @@ def microbatch(
     return microbatch_fun
 
 
+def _convert(
+    fun: Callable[[PyTree], PyTree], example: PyTree
+) -> tuple[Callable[..., PyTree], list[jax.Array]]:
+    """`fun` of `(arrays, *closed)`, and all the arrays that it closes over.
+
+    `jax.closure_convert` leaves out integers and keys, which `jax.custom_vjp` must not
+    close over either where it is in a scan, a checkpoint or a vmap.
+    """
+    jaxpr, shapes = jax.make_jaxpr(fun, return_shape=True)(example)
+    structure = jax.tree.structure(shapes)
+
+    def converted(arrays: PyTree, *closed: jax.Array) -> PyTree:
+        run = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, closed))
+        return structure.unflatten(run(*jax.tree.leaves(arrays)))
+
+    return converted, [jnp.asarray(x) for x in jaxpr.consts]
+
+
 def _outputs(funs: Sequence[Callable[..., PyTree]], parts: Parts, closed: Any) -> Any:
     def run(part: Part) -> PyTree:
         return funs[part.tail](_arrays((part.args, part.kwargs)), *closed[part.tail])
@@ -159,7 +180,7 @@ def _gradient(
 
     def body(carry: tuple[PyTree, list[Any]], part: Part) -> Any:
         grads, given = carry
-        arrays, ct = _arrays((part.args, part.kwargs)), cut(part.index)
+        arrays, ct = _arrays((part.args, part.kwargs)), cut(part.index, part.tail)
         here = _where(rows, arrays)
 
         def product(live: PyTree) -> tuple[jax.Array, Any]:
@@ -196,12 +217,8 @@ def _gradient(
 def _concatenated(fun: Callable[[Part], PyTree], parts: Parts) -> _reduce.Reducer:
     """For what `fun` gives for each microbatch, with one value a row."""
 
-    def shapes(i: int) -> PyTree:
-        return jax.eval_shape(lambda: fun(parts.part(i)))
-
-    full = shapes(0)
-    tail = shapes(parts.count) if parts.tail else full
-    return _reduce.reducer("concat", full, tail, parts)
+    shapes = [jax.eval_shape(lambda part=part: fun(part)) for part in parts.each()]
+    return _reduce.reducer("concat", shapes[0], shapes[-1], parts)
 
 
 def _check_rows(out: PyTree, rows: int) -> None:

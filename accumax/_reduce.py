@@ -1,5 +1,6 @@
 """What comes with a loss, from all microbatches: their mean, sum, last, or all."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -116,6 +117,18 @@ def check(reductions: PyTree) -> PyTree:
                 "the function returns."
             )
     return reductions
+
+
+def check_each(reductions: PyTree, losses: Sequence[Any]) -> list[PyTree]:
+    """`reductions` for each of several losses: one for all, or a tuple of as many."""
+    if not isinstance(reductions, (tuple, list)):
+        return [check(reductions)] * len(losses)
+    if len(reductions) != len(losses):
+        raise ValueError(
+            f"aux={reductions!r} has {len(reductions)} entries for {len(losses)} loss "
+            "functions. Pass one for each, or one for all that is not a tuple."
+        )
+    return [check(one) for one in reductions]
 
 
 def reducer(

@@ -1,7 +1,6 @@
 """Across calls, fused: parameters and state are touched only when a window closes."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,10 +11,11 @@ import optax
 from . import _loss, _reduce
 from . import _numerics as numerics
 from ._accumulator import Accumulator, check_weight, counts
+from ._arguments import Places, parameters
 from ._inplace import add_backward, reset
 from ._loop import Loop, live_part
 from ._loss import Loss
-from ._split import Places, Split, split
+from ._split import Split, split
 from ._types import ArrayLike, PyTree
 from ._window import AccumulateState, check_flush, gradient_of, window_of
 
@@ -111,9 +111,9 @@ def train_step(
       has_aux: `loss_fn` returns `(loss, aux)`. Static.
       weighted: `loss_fn` returns `(loss_sum, weight)`, with aux
         `((loss_sum, weight), aux)`: the sum of its items' losses and their number, both
-        () float. The update is that of the sum of all sums over the sum of all weights
-        (the reduction "sum" does not divide). A call of weight 0 adds nothing, whatever
-        its gradient is. Static.
+        () float; the number is not differentiated. The update is that of the sum of all
+        sums over the sum of all weights (the reduction "sum" does not divide). A call
+        of weight 0 adds nothing, whatever its gradient is. Static.
       microbatch_size: divides each call further, into microbatches of so many rows, as
         `accumax.value_and_grad` does it: the same update, at the memory of one of them.
         The loss must be a mean over its rows for the reduction "mean", and is taken for
@@ -159,12 +159,12 @@ def train_step(
             f"loss_fn={loss_fn!r} must be a function (params, *args) -> loss."
         )
     carried = not in_place or window.accumulator.nonfinite != "propagate"
-    names = _parameters(loss_fn)
+    names = set(parameters(loss_fn))
     if microbatch_size is None:
-        if rng_argnums != ():
+        if (batch_argnums, rng_argnums, aux) != (1, (), "mean"):
             raise ValueError(
-                f"{rng_argnums=} folds the index of a microbatch into keys, and there "
-                "are none. Pass microbatch_size, or a new key in every call."
+                f"{batch_argnums=}, {rng_argnums=} and {aux=} are for microbatches, "
+                "and there are none. Pass microbatch_size."
             )
         backward = _at_once(loss_fn, has_aux, weighted)
     else:
@@ -174,8 +174,7 @@ def train_step(
             has_aux=has_aux,
             weighted=weighted,
             mean=weighted or accumulator.reduction == "mean",
-            aux=_reduce.check(aux),
-            unroll=1,
+            aux=[_reduce.check(aux)],
             in_place=in_place,
         )
         divide = split(microbatch_size, None, batch_argnums, rng_argnums)
@@ -277,7 +276,14 @@ def _by_microbatch(loop: Loop, divide: Split, accumulator: Accumulator) -> _Back
         def seed(rows: int) -> float:
             return rows / parts.rows if averaged else 1.0
 
-        out = loop.run(call, (0,), parts, (grads,), seed=seed, counts=counts)
+        out = loop.run(
+            call,
+            (0,),
+            parts,
+            (grads,),
+            seed=seed,
+            counted=lambda weight: jnp.where(counts(weight), weight, 0),
+        )
         return out.losses[0], out.grads[0], out.accepted
 
     def gradient(model: PyTree, args: tuple) -> tuple[Loss, PyTree, ArrayLike]:
@@ -290,13 +296,3 @@ def _by_microbatch(loop: Loop, divide: Split, accumulator: Accumulator) -> _Back
         return run(model, args, reset(sums, first)[0])
 
     return _Backward(gradient, add)
-
-
-def _parameters(fun: Callable[..., Any]) -> set[str]:
-    """The names by which arguments could be passed to `fun`."""
-    try:
-        parameters = inspect.signature(fun).parameters.values()
-    except (TypeError, ValueError):  # some callables have none
-        return set()
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {p.name for p in parameters if p.kind not in variadic}

@@ -10,15 +10,16 @@ import accumax
 PACKAGE = pathlib.Path(accumax.__file__).parent
 
 # A room may import those that are listed. Arrows go one way:
-# _types -> _numerics -> _accumulator -> _inplace, _loss, _split -> _reduce -> _window,
-# _loop -> the public forms.
+# _types -> _numerics -> _accumulator -> _inplace, _loss, _arguments -> _split ->
+# _reduce -> _window, _loop -> the public forms.
 ALLOWED = {
     "_types": set(),
     "_numerics": {"_types"},
     "_accumulator": {"_types", "_numerics"},
     "_inplace": {"_types", "_numerics"},
     "_loss": {"_numerics", "_accumulator"},
-    "_split": {"_types", "_numerics"},
+    "_arguments": {"_types", "_numerics"},
+    "_split": {"_types", "_arguments", "_inplace"},
     "_reduce": {"_types", "_numerics", "_split"},
     "_window": {"_types", "_numerics", "_accumulator", "_inplace"},
     "_loop": {
@@ -35,6 +36,7 @@ ALLOWED = {
         "_types",
         "_numerics",
         "_accumulator",
+        "_arguments",
         "_split",
         "_reduce",
         "_loop",
@@ -43,6 +45,7 @@ ALLOWED = {
         "_types",
         "_numerics",
         "_accumulator",
+        "_arguments",
         "_split",
         "_reduce",
         "_loop",
@@ -53,6 +56,7 @@ ALLOWED = {
         "_accumulator",
         "_inplace",
         "_loss",
+        "_arguments",
         "_split",
         "_reduce",
         "_window",

@@ -194,6 +194,8 @@ def test_several_arguments_may_hold_the_batch():
         ({"microbatch_size": 2, "batch_argnums": 5}, ValueError, "argument 5"),
         ({"microbatch_size": 2, "aux": "none"}, ValueError, "'none'"),
         ({"rng_argnums": 2}, ValueError, "Pass microbatch_size"),
+        ({"batch_argnums": 2}, ValueError, "Pass microbatch_size"),
+        ({"aux": "sum"}, ValueError, "Pass microbatch_size"),
     ],
     ids=str,
 )

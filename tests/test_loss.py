@@ -59,3 +59,8 @@ def test_a_traced_weight_that_is_wrong_is_no_error_but_shows():
 
     assert jax.jit(mean)(np.float32(-1)) == -LOSS
     assert np.isnan(jax.jit(mean)(np.float32(np.nan)))
+
+
+def test_the_number_of_items_may_be_too_large_for_the_dtype_of_the_loss():
+    out = jnp.float16(7e3), jnp.float32(7e4)
+    assert _loss.read(out, has_aux=False, weighted=True).mean() == jnp.float16(0.1)

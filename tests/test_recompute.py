@@ -153,6 +153,42 @@ def test_what_the_function_closes_over_is_differentiated_too(in_place):
     assert distance(got, want) < 1e-5
 
 
+@BOTH
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda loss: loss,
+        jax.checkpoint,
+        lambda loss: lambda *a: jax.lax.cond(a[0][0] > -9, loss, loss, *a),
+        lambda loss: (
+            lambda w, *a: jax.lax.scan(
+                lambda c, _: (c + loss(w, *a), None), 0.0, None, length=1
+            )[0]
+        ),
+        lambda loss: lambda w, *a: jax.vmap(lambda w: loss(w, *a))(w[None])[0],
+    ],
+    ids=["alone", "checkpoint", "cond", "scan", "vmap"],
+)
+def test_it_may_close_over_integers_keys_and_numbers(around, in_place):
+    def loss(w, x, index, key, wrap):
+        def fun(w, x):
+            noise = jax.random.normal(key, (3,))
+            return x * w[index] * jnp.sum(noise) * scale
+
+        scale = jnp.sin(w[0])
+        return jnp.sum(wrap(fun)(w, x) ** 2)
+
+    def by_part(fun):
+        return accumax.microbatch(fun, microbatch_size=3, in_place=in_place)
+
+    args = jnp.arange(1.0, 4.0), jnp.arange(7.0), jnp.int32(2), jax.random.key(0)
+    got, want = (
+        jax.jit(jax.grad(around(lambda *a, wrap=wrap: loss(*a, wrap))))(*args)
+        for wrap in (by_part, lambda f: f)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
 def test_gradients_flow_through_one_into_another():
     towers, x, y = arrays()
 

@@ -18,9 +18,10 @@ def parts_of(rows, **options):
 def test_every_row_is_in_one_microbatch_and_comes_back_to_its_place(rows, size):
     parts = parts_of(rows, microbatch_size=size)
     count = parts.count + (parts.tail > 0)
-    seen = [np.asarray(parts.part(i).args[0]) for i in range(count)]
+    each = [parts.part(i, i == parts.count) for i in range(count)]
+    seen = [np.asarray(part.args[0]) for part in each]
     assert sorted(np.concatenate(seen)) == list(range(rows))
-    assert [len(x) for x in seen] == [parts.part(i).rows for i in range(count)]
+    assert [len(x) for x in seen] == [part.rows for part in each]
     assert {len(x) for x in seen[: parts.count]} == {min(size, rows)}
     assert count == -(-rows // size)  # as few as can be
 
@@ -28,8 +29,7 @@ def test_every_row_is_in_one_microbatch_and_comes_back_to_its_place(rows, size):
     rest = jax.ShapeDtypeStruct((parts.tail,), jnp.int32)
     reducer = _reduce.reducer("concat", row, rest, parts)
     sums = reducer.init()
-    for i in range(count):
-        part = parts.part(i)
+    for part in each:
         sums = reducer.add(sums, part.args[0], part, 1.0)
     np.testing.assert_array_equal(reducer.result(sums, 1.0), range(rows))
 
@@ -47,4 +47,4 @@ def test_a_scan_visits_the_smaller_one_last():
         return 10 * carry + jnp.sum(part.args[0]) * 0 + part.index + 1
 
     assert parts.scan(body, jnp.int32(0)) == 123
-    assert [parts.part(i).tail for i in range(3)] == [False, False, True]
+    assert [part.tail for part in parts.each()] == [False, True]

@@ -1,0 +1,183 @@
+"""Which arguments of a call are rows, keys and differentiated, and whether they fit."""
+
+import inspect
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import _numerics as numerics
+from ._types import PyTree
+
+# Where a call has an argument: a position, or a keyword. As users write it.
+Place: TypeAlias = int | str
+Places: TypeAlias = Place | Sequence[Place]
+
+
+def check_positive(name: str, value: Any) -> int:
+    """`value`, a static integer of at least 1."""
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        number = operator.index(value)
+    except (TypeError, jax.errors.TracerIntegerConversionError):
+        raise TypeError(
+            f"{name}={value!r} must be an integer of at least 1, known before tracing."
+        ) from None
+    if number < 1:
+        raise ValueError(f"{name}={value!r} must be at least 1.")
+    return number
+
+
+def check_argnums(argnums: Any) -> tuple[int, ...]:
+    """`argnums` as a tuple of positions."""
+    places = check_places("argnums", argnums)
+    positions = tuple(n for n in places if isinstance(n, int))
+    if len(positions) < len(places) or not positions:
+        raise TypeError(
+            f"{argnums=} must be an integer or a tuple of integers: the positions of "
+            "what is differentiated."
+        )
+    return positions
+
+
+def at(argnums: tuple[int, ...], args: tuple) -> tuple[int, ...]:
+    """`argnums`, of which some may be negative, as positions in `args`."""
+    positions = tuple(n + len(args) if n < 0 else n for n in argnums)
+    for n, position in zip(argnums, positions, strict=True):
+        if not 0 <= position < len(args):
+            raise ValueError(
+                f"argnums={argnums} names argument {n}, but the call has {len(args)} "
+                "positional arguments. What is differentiated is passed by position."
+            )
+    if len(set(positions)) < len(positions):
+        raise ValueError(f"argnums={argnums} names an argument twice.")
+    return positions
+
+
+def check_places(name: str, value: Any) -> tuple[Place, ...]:
+    def place(x: Any) -> Place:
+        if isinstance(x, str):
+            return x
+        try:
+            if isinstance(x, (bool, np.bool_)):
+                raise TypeError
+            return operator.index(x)
+        except TypeError:
+            raise TypeError(
+                f"{name}={value!r} must be a position (an integer), the name of a "
+                "keyword argument, or a tuple of them."
+            ) from None
+
+    several = isinstance(value, (tuple, list, set, frozenset))
+    return tuple(place(x) for x in (value if several else (value,)))
+
+
+def parameters(fun: Callable[..., Any]) -> list[str]:
+    """The names by which arguments could be passed to `fun`, in their order."""
+    try:
+        found = inspect.signature(fun).parameters.values()
+    except (TypeError, ValueError):  # some callables have none
+        return []
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [p.name for p in found if p.kind not in variadic]
+
+
+def check_rows(batches: dict[Place, PyTree]) -> int:
+    """The length that the first axis of all leaves has."""
+    lengths = {}
+    for place, batch in batches.items():
+        for path, x in jax.tree_util.tree_leaves_with_path(batch):
+            leaf = f"leaf {jax.tree_util.keystr(path)} of " if path else ""
+            where = f"{leaf}batch argument {place!r}"
+            text = getattr(getattr(x, "dtype", None), "kind", "") in tuple("OSUMm")
+            if text or numerics.dtype_of(x) is None:
+                raise TypeError(
+                    f"{where} is {x!r}; expected an array with the rows of the batch "
+                    "along its first axis."
+                )
+            if not np.shape(x):
+                raise ValueError(
+                    f"{where} is a scalar, {numerics.describe(x)}; expected an array "
+                    "with the rows of the batch along its first axis. Pass what is the "
+                    "same for all rows in an argument that batch_argnums does not name."
+                )
+            lengths[where] = np.shape(x)[0]
+    if not lengths:
+        raise ValueError(
+            f"The batch arguments {list(batches)} hold no arrays. Let batch_argnums "
+            "name those that do."
+        )
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{n} in {where}" for where, n in lengths.items())
+        raise ValueError(
+            f"All leaves of the batch must have the same number of rows; got {listed}."
+        )
+    rows = next(iter(lengths.values()))
+    if rows == 0:
+        raise ValueError("The batch is empty: its leaves have 0 rows. Skip this call.")
+    return rows
+
+
+def _is_key(x: Any) -> bool:
+    dtype = numerics.dtype_of(x)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    return typed and np.shape(x) == ()
+
+
+def check_no_key(place: Place, tree: PyTree) -> None:
+    leaves = jax.tree.leaves(tree)
+    if leaves and all(map(_is_key, leaves)):
+        raise ValueError(
+            f"Argument {place!r} is a PRNG key that rng_argnums does not name: every "
+            f"microbatch would have the same random numbers. Pass "
+            f"rng_argnums={place!r}; if the same are meant, let the function close "
+            "over the key."
+        )
+
+
+def check_keys(place: Place, keys: PyTree) -> None:
+    leaves = jax.tree.leaves(keys)
+    for key in leaves or [None]:
+        raw = numerics.dtype_of(key) == jnp.uint32 and np.ndim(key) == 1
+        if not _is_key(key) and not raw:
+            raise TypeError(
+                f"rng_argnums names argument {place!r}, where {numerics.describe(key)} "
+                "came; expected one PRNG key, such as jax.random.key(0), or a tree of "
+                "them. An array of keys, one a row, belongs in batch_argnums."
+            )
+
+
+def find(
+    name: str,
+    listed: tuple[Place, ...],
+    fun: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> set[Place]:
+    """Where the call `fun(*args, **kwargs)` has the arguments that are listed.
+
+    Raises:
+      ValueError: it does not have one. `name`: of the option that lists them.
+    """
+    names = parameters(fun)
+    found = set()
+    for place in listed:
+        at = place
+        if isinstance(at, int):
+            at = at + len(args) if at < 0 else at
+            if at >= len(args) and at < len(names):
+                at = names[at]  # it may have been passed by keyword
+        elif at not in kwargs and at in names:
+            at = names.index(at)  # or by position
+        if not (0 <= at < len(args) if isinstance(at, int) else at in kwargs):
+            raise ValueError(
+                f"{name}={listed} names argument {place!r}, but the "
+                f"call has {len(args)} positional arguments (0 to {len(args) - 1}) "
+                f"and the keywords {sorted(kwargs)}."
+            )
+        found.add(at)
+    return found
