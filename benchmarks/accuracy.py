@@ -1,8 +1,10 @@
-"""How far accumulation in float32 ends from the float64 big batch."""
+"""How far accumulation ends from the float64 big batch."""
 
 import itertools
+import math
 import statistics
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import forms
 import jax
@@ -12,18 +14,49 @@ import optax
 import report
 from forms import EVERY
 
+import accumax
+
 OPTIMIZERS = {"AdamW": forms.ADAMW, "SGD with momentum": optax.sgd(0.05, momentum=0.9)}
 ROWS = 32  # of a microbatch
 WIDTHS = (16, 64, 64, 1)
+ONES = 1024
 
 
 def loss(params: list[jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
     """The mean squared error of an MLP. batch: (rows, 16) and (rows, 1)."""
+    return jnp.mean(errors(params, batch))
+
+
+def masked_loss(params: list[jax.Array], batch: Any) -> tuple[jax.Array, jax.Array]:
+    """The sum over the rows whose target is positive, and their number."""
+    counts = batch[1] > 0
+    return jnp.sum(jnp.where(counts, errors(params, batch), 0)), jnp.sum(counts)
+
+
+def masked_mean(params: list[jax.Array], batch: Any) -> jax.Array:
+    total, count = masked_loss(params, batch)
+    return total / count
+
+
+def errors(params: list[jax.Array], batch: Any) -> jax.Array:
     x, y = batch
     *hidden, last = params
     for w in hidden:
         x = jnp.tanh(x @ w)
-    return jnp.mean((x @ last - y) ** 2)
+    return (x @ last - y) ** 2
+
+
+def problem(seed: int, *rows: int) -> tuple[list[np.ndarray], Any]:
+    """Parameters and a batch, drawn in float32, and so the same for all."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    params = [normal(m, n) * m**-0.5 for m, n in itertools.pairwise(WIDTHS)]
+    x = normal(*rows, WIDTHS[0])
+    y = np.tanh(x @ normal(WIDTHS[0], 1)) + 0.1 * normal(*rows, 1)
+    return params, (x, y)
 
 
 def train(form: forms.Form, params: Any, batches: Any, dtype: Any) -> list[np.ndarray]:
@@ -41,18 +74,10 @@ def distances(
 ) -> tuple[float, float]:
     """The greatest distance of a parameter from the float64 big batch's.
 
-    Parameters and data are drawn in float32, and are the same for all. Each window has
-    rows of its own. Gives the float32 big batch's distance, and that of accumax.
+    Each window has rows of its own. Gives the float32 big batch's distance, and that of
+    accumax.
     """
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.normal(size=shape).astype(np.float32)
-
-    params = [normal(m, n) * m**-0.5 for m, n in itertools.pairwise(WIDTHS)]
-    x = normal(windows, EVERY * ROWS, WIDTHS[0])
-    y = np.tanh(x @ normal(WIDTHS[0], 1)) + 0.1 * normal(windows, EVERY * ROWS, 1)
-    whole = x, y
+    params, whole = problem(seed, windows, EVERY * ROWS)
     split = [a.reshape(windows * EVERY, ROWS, -1) for a in whole]
     steps = forms.train_steps(loss, inner=optimizer)
     with jax.enable_x64(True):
@@ -79,14 +104,9 @@ def table(seeds: int, windows: int) -> float:
     rows, medians = [], []
     for name, optimizer in OPTIMIZERS.items():
         found = [distances(optimizer, seed, windows) for seed in range(seeds)]
-        ratios = [ours / big for big, ours in found]
-        medians.append(statistics.median(ratios))
-        typical = [statistics.median(column) for column in zip(*found, strict=True)]
-        rows.append(
-            [name]
-            + [f"{x:.1e}" for x in typical]
-            + [f"{x:.2f}" for x in (min(ratios), medians[-1], max(ratios))]
-        )
+        numbers, median = summary(found)
+        rows.append([name, *numbers])
+        medians.append(median)
     report.table(
         f"Distance from the float64 big batch after {windows} windows of {EVERY}, "
         f"{seeds} seeds",
@@ -94,3 +114,147 @@ def table(seeds: int, windows: int) -> float:
         rows,
     )
     return max(medians)
+
+
+def summary(found: list[tuple[float, ...]]) -> tuple[list[str], float]:
+    """Medians of the columns, and the second's ratio to the first; its median again."""
+    ratios = [ours / big for big, ours, *_ in found]
+    typical = [statistics.median(column) for column in zip(*found, strict=True)]
+    median = statistics.median(ratios)
+    numbers = [f"{x:.2f}" for x in (min(ratios), median, max(ratios))]
+    distances = ["-" if math.isnan(x) else f"{x:.1e}" for x in typical]
+    return distances + numbers, median
+
+
+class Case(NamedTuple):
+    """A batch of so many rows, its gradient at once and in microbatches, and by a scan.
+
+    The scan averages the means of the microbatches, which is not the mean of all rows
+    where those have unlike weights.
+    """
+
+    rows: int
+    big: forms.Gradient
+    ours: forms.Gradient
+    scan: forms.Gradient | None = None
+
+
+def cases() -> dict[str, Case]:
+    big, mean = jax.value_and_grad(loss), jax.value_and_grad(masked_mean)
+    ours = accumax.value_and_grad(loss, microbatch_size=ROWS)
+    weighted = accumax.value_and_grad(masked_loss, microbatch_size=ROWS, weighted=True)
+    rows = EVERY * ROWS
+    return {
+        "equal": Case(rows, big, ours, forms.scanned(big, ROWS)),
+        "uneven tail": Case(rows - ROWS // 2 - 3, big, ours),
+        "weighted": Case(rows, mean, weighted, forms.scanned(mean, ROWS)),
+    }
+
+
+def gradient_distances(case: Case, seed: int) -> tuple[float, ...]:
+    """Of the float32 big batch, of ours and of the scan; NaN if there is none."""
+    batch = problem(seed, case.rows)
+    exact = gradient(case.big, *batch, jnp.float64)
+    found = case.big, case.ours, case.scan
+
+    def distance(f: forms.Gradient | None) -> float:
+        if f is None:
+            return math.nan
+        return relative(gradient(f, *batch, jnp.float32), exact)
+
+    return tuple(distance(f) for f in found)
+
+
+def gradient(f: forms.Gradient, params: Any, batch: Any, dtype: Any) -> np.ndarray:
+    """All of the gradient, with parameters and batch in `dtype`."""
+    with jax.enable_x64(dtype == jnp.float64):
+        cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, batch))
+        leaves = jax.tree.leaves(jax.jit(f)(*cast)[1])
+        return np.concatenate([np.asarray(g, np.float64).ravel() for g in leaves])
+
+
+def relative(got: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+
+
+def gradient_table(seeds: int) -> float:
+    """Prints a table; gives the ratio of the two distances: the greatest median."""
+    rows, medians = [], []
+    for name, case in cases().items():
+        found = [gradient_distances(case, seed) for seed in range(seeds)]
+        numbers, median = summary(found)
+        rows.append([name, *numbers])
+        medians.append(median)
+    report.table(
+        f"Distance of a float32 gradient from the float64 big batch's, over the norm, "
+        f"{EVERY} microbatches, {seeds} seeds",
+        [
+            "",
+            "big batch",
+            "value_and_grad",
+            "lax.scan",
+            "least ratio",
+            "median",
+            "most",
+        ],
+        rows,
+    )
+    return max(medians)
+
+
+def half_precision_table(seeds: int, sizes: Sequence[int] = (ROWS, 1)) -> float:
+    """The same for bfloat16, in microbatches of each size.
+
+    Exact is the float64 gradient for the parameters and rows that are left when they
+    are rounded to bfloat16.
+    """
+    rows, medians = [], []
+    names: list[str] = []
+    for size in sizes:
+        found, f = [], forms.gradients(loss, rows=size)
+        names = [forms.WHOLE, forms.VALUE_AND_GRAD]
+        names += [name for name in (forms.SCAN, forms.MICROBATCHING) if name in f]
+        for seed in range(seeds):
+            drawn = problem(seed, EVERY * ROWS)
+            half = [jnp.asarray(x, jnp.bfloat16) for x in jax.tree.leaves(drawn)]
+            params, batch = jax.tree.unflatten(jax.tree.structure(drawn), half)
+            exact = gradient(f[forms.WHOLE], params, batch, jnp.float64)
+            each = [gradient(f[name], params, batch, jnp.bfloat16) for name in names]
+            found.append(tuple(relative(got, exact) for got in each))
+        numbers, median = summary(found)
+        rows.append([f"{EVERY * ROWS // size} microbatches of {size}", *numbers])
+        medians.append(median)
+    report.table(
+        f"Distance of a bfloat16 gradient, {seeds} seeds",
+        ["", *names, "least ratio", "median", "most"],
+        rows,
+    )
+    return max(medians)
+
+
+def ones_table() -> float:
+    """The mean of ones in bfloat16, one a microbatch; gives what ours is off by."""
+
+    def mean(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.mean(w * x)
+
+    w, x = jnp.ones((), jnp.bfloat16), jnp.ones(ONES, jnp.bfloat16)
+    found = {
+        name: float(jax.jit(f)(w, x)[1]) for name, f in forms.gradients(mean).items()
+    }
+    report.table(
+        f"The mean of {ONES} gradients of 1 in bfloat16",
+        ["", "mean"],
+        [[name, f"{value:g}"] for name, value in found.items()],
+    )
+    return abs(found[forms.VALUE_AND_GRAD] - 1)
+
+
+def tables(seeds: int, windows: int) -> list[report.Bar]:
+    """Prints all of them; gives their bars."""
+    return [
+        ("distance / the float32 big batch's, median", table(seeds, windows), 2.0),
+        ("the same for one gradient", gradient_table(seeds), 2.0),
+        ("the same for one gradient in bfloat16", half_precision_table(seeds), 2.0),
+        (f"error of the mean of {ONES} ones in bfloat16", ones_table(), 0.0),
+    ]

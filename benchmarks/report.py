@@ -5,11 +5,14 @@ import os
 import pathlib
 import platform
 from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
 import jax
 import optax
 
 import accumax
+
+Bar: TypeAlias = tuple[str, float, float]  # what, its value, the most that it may be
 
 
 def header(title: str, chip: str) -> None:
@@ -37,8 +40,8 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Non
         print("  ".join([first.ljust(widths[0]), *cells]))
 
 
-def bars(limits: Sequence[tuple[str, float, float]]) -> None:
-    """Prints (what, value, the most it may be) and whether it is met, one a line."""
+def bars(limits: Sequence[Bar]) -> None:
+    """Prints each of them and whether it is met, one a line."""
     print()
     for what, value, most in limits:
         verdict = "met" if value <= most else "MISSED"

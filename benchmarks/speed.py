@@ -30,17 +30,23 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import accuracy
 import forms
 import jax
 import jax.numpy as jnp
+import models
 import optax
 import report
 import targets
 import transformer
 from forms import EVERY
+
+import accumax
+
+T = TypeVar("T")
+UNROLLED = "value_and_grad(unroll=True)"
 
 
 class Scale(NamedTuple):
@@ -59,29 +65,9 @@ class Scale(NamedTuple):
 QUICK = Scale(1, 1, 2, 32, None, None, windows=2, seeds=1)
 
 
-class Model(NamedTuple):
-    name: str
-    loss: Callable[[Any, Any], jax.Array]
-    init: Callable[[], Any]
-    batch: Any  # one microbatch
-
-
-def model(size: transformer.Size | None) -> Model:
+def model(size: transformer.Size | None) -> models.Model:
     """The transformer, or without a size something that compiles in no time."""
-    key = jax.random.key(0)
-    if size is None:
-        shape = (2, 32, 32)
-        init = functools.partial(jax.random.normal, key, shape)
-        return Model("two matrices", forms.matrices_loss, init, jnp.ones((8, 32)))
-    shape = (size.rows, size.length + 1)
-    tokens = jax.random.randint(key, shape, 0, size.vocabulary)
-    count = sum(p.size for p in jax.tree.leaves(transformer.shapes(size))) / 1e6
-    return Model(
-        f"transformer, {count:.0f} M parameters, {size.rows} x {size.length} tokens",
-        functools.partial(transformer.loss, size),
-        functools.partial(transformer.init, size, key),
-        tokens,
-    )
+    return models.stack(2, 32, 8) if size is None else models.text(size)
 
 
 class Runner:
@@ -90,7 +76,7 @@ class Runner:
     def __init__(self, form: forms.Form, params: Any):
         params = jax.tree.map(jnp.copy, params)  # the step donates them
         self.params, self.state = params, jax.jit(form.init)(params)
-        self.step = jax.jit(form.step, donate_argnums=(0, 1))
+        self.step = forms.jitted(form)
 
     def run(self, x: Any, calls: int) -> float:
         """Seconds of so many calls."""
@@ -109,19 +95,17 @@ class Times(NamedTuple):
     window: float
 
 
-def window(within: Runner, last: Runner, x: Any) -> Times:
-    inside = within.run(x, EVERY - 1)
-    return Times(inside / (EVERY - 1), inside + last.run(x, 1))
+def window(within: Runner, last: Runner, x: Any) -> Callable[[], Times]:
+    def run() -> Times:
+        inside = within.run(x, EVERY - 1)
+        return Times(inside / (EVERY - 1), inside + last.run(x, 1))
+
+    return run
 
 
-def in_turns(
-    runners: dict[str, tuple[Runner, Runner]], x: Any, turns: int
-) -> list[dict[str, Times]]:
-    """In each turn a window of each form. The first turn compiles, and is dropped."""
-    found = [
-        {name: window(*pair, x) for name, pair in runners.items()}
-        for _ in range(turns + 1)
-    ]
+def in_turns(runs: dict[str, Callable[[], T]], turns: int) -> list[dict[str, T]]:
+    """In each turn a run of each form. The first turn compiles, and is dropped."""
+    found = [{name: run() for name, run in runs.items()} for _ in range(turns + 1)]
     return found[1:]
 
 
@@ -153,9 +137,10 @@ def optimizer_times(scale: Scale) -> float:
     steps = {name: Runner(f, params) for name, f in forms.optimizer_steps().items()}
     plain = steps.pop(forms.PLAIN)
     baseline = "acc += g"
-    runners = {name: (step, step) for name, step in steps.items()}
     adds = Runner(forms.Form(add, lambda params: ()), params)
-    turns = in_turns({baseline: (adds, plain)} | runners, grads, scale.repeats)
+    runs = {baseline: window(adds, plain, grads)}
+    runs |= {name: window(step, step, grads) for name, step in steps.items()}
+    turns = in_turns(runs, scale.repeats)
     what = f"{scale.matrices} matrices of {scale.width} x {scale.width}"
     within = print_times(
         f"A call within a window, {what}",
@@ -173,25 +158,61 @@ def optimizer_times(scale: Scale) -> float:
 def train_times(scale: Scale) -> None:
     name, loss, init, batch = model(scale.trained)
     params = init()
-
-    def gradient(params: Any, state: Any, batch: Any) -> tuple[Any, Any]:
-        del state
-        return params, jax.value_and_grad(loss)(params, batch)
-
-    def nothing(params: Any) -> Any:
-        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-
     steps = {name: Runner(f, params) for name, f in forms.train_steps(loss).items()}
     plain = steps.pop(forms.PLAIN)
-    gradients = Runner(forms.Form(gradient, nothing), params)
+    gradients = Runner(forms.kept(jax.value_and_grad(loss)), params)
     baseline = f"{EVERY} gradients, 1 AdamW step"
-    runners = {name: (step, step) for name, step in steps.items()}
-    turns = in_turns({baseline: (gradients, plain)} | runners, batch, scale.repeats)
+    runs = {baseline: window(gradients, plain, batch)}
+    runs |= {name: window(step, step, batch) for name, step in steps.items()}
+    turns = in_turns(runs, scale.repeats)
     print_times(
         f"A window of {EVERY} train steps, {name}",
         [{name: t.window for name, t in turn.items()} for turn in turns],
         baseline,
     )
+
+
+def gradient_times(
+    model: models.Model, repeats: int, ours: str = forms.VALUE_AND_GRAD
+) -> list[report.Bar]:
+    """A call with eight microbatches against eight calls. Gives the bars of `ours`.
+
+    The eight calls are timed twice: as they are, each of which writes over the gradient
+    of the one before, and with `acc += g`.
+    """
+    name, loss, init, batch = model
+    params, rows = init(), len(batch)
+    whole = jnp.concatenate([batch] * EVERY)
+    plain = jax.value_and_grad(loss)
+    calls = f"{EVERY} calls of jax.value_and_grad"
+    sums = f"{EVERY} calls, acc += g"
+    found = forms.gradients(loss, rows=rows)
+    found[UNROLLED] = accumax.value_and_grad(loss, microbatch_size=rows, unroll=True)
+    steps = {calls: forms.kept(plain), sums: forms.added(plain)}
+    each = {name: Runner(step, params) for name, step in steps.items()}
+    once = {name: Runner(forms.kept(f), params) for name, f in found.items()}
+    runs = {name: functools.partial(r.run, batch, EVERY) for name, r in each.items()}
+    runs |= {name: functools.partial(r.run, whole, 1) for name, r in once.items()}
+    turns = in_turns(runs, repeats)
+    print_times(f"A gradient of {EVERY} microbatches, {name}", turns, calls)
+    short, _, _ = name.partition(",")
+    return [
+        (
+            f"{ours} / {baseline}, {short}",
+            statistics.median(turn[ours] / turn[baseline] for turn in turns),
+            1.05,
+        )
+        for baseline in (calls, sums)
+    ]
+
+
+def within_a_call(scale: Scale) -> list[report.Bar]:
+    bars = gradient_times(model(scale.trained), scale.repeats)
+    if scale.trained is not None:
+        for width in (64, 512):
+            bars += gradient_times(models.stack(3, width, 32), scale.repeats)
+        bars += gradient_times(models.convolutions(32), scale.repeats, UNROLLED)
+    return bars
 
 
 def inner_runs() -> int:
@@ -210,7 +231,9 @@ def inner_runs() -> int:
     every = optax.chain(counted, optax.apply_every(EVERY))
     steps = forms.train_steps(loss, inner=counted)
     del steps[forms.PLAIN]
-    steps = {"optax.apply_every": forms.whole(forms.applied(every), loss)} | steps
+    steps = {
+        "optax.apply_every": forms.whole(forms.applied(every), jax.value_and_grad(loss))
+    } | steps
     runs = {}
     for name, form in steps.items():
         Runner(form, jnp.ones(4)).run(jnp.ones(4), EVERY)
@@ -252,14 +275,10 @@ def main(argv: list[str] | None = None) -> None:
         ("apply_gradients in a window / (acc += g)", optimizer_times(scale), 1.25),
         ("runs of the inner optimizer in a window", inner_runs(), 1),
         ("compile time of train_step / plain", compile_times(scale), 1.3),
-        (
-            "distance / the float32 big batch's, median",
-            accuracy.table(scale.seeds, scale.windows),
-            2.0,
-        ),
     ]
     train_times(scale)
-    report.bars(bars)
+    bars += within_a_call(scale)
+    report.bars(bars + accuracy.tables(scale.seeds, scale.windows))
 
 
 if __name__ == "__main__":

@@ -31,111 +31,19 @@ ratio and bar are of those.
 
 import argparse
 import functools
-import gc
-import re
-import statistics
-import time
-from typing import Any, NamedTuple
 
 import devices
 import forms
+import info_nce
 import jax
 import jax.numpy as jnp
+import losses
 import report
 import transformer
 from devices import CHIPS, Device
-
-
-class Compiled(NamedTuple):
-    """A compiled step; memory in units of the parameters."""
-
-    arguments: float
-    temp: float
-    results: float  # those that do not reuse the memory of a donated argument
-    copies: int
-    moves: int
-    seconds: float
-    processor: float  # seconds of work, in all threads
-
-    @property
-    def total(self) -> float:
-        return self.arguments + self.temp + self.results
-
-
-def compiled(form: forms.Form, params: Any, x: Any, on: Device) -> Compiled:
-    sharding = jax.sharding.SingleDeviceSharding(on)
-
-    def place(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree
-        )
-
-    state = jax.eval_shape(form.init, params)
-    jax.clear_caches()  # else a form would profit from what another one has traced
-    gc.collect()
-    start, work = time.perf_counter(), time.process_time()
-    step = jax.jit(form.step, donate_argnums=(0, 1))
-    step = step.lower(place(params), place(state), place(x)).compile()
-    seconds, work = time.perf_counter() - start, time.process_time() - work
-    memory: Any = step.memory_analysis()
-    unit = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
-    return Compiled(
-        memory.argument_size_in_bytes / unit,
-        memory.temp_size_in_bytes / unit,
-        (memory.output_size_in_bytes - memory.alias_size_in_bytes) / unit,
-        *copies(step.as_text() or "", params),
-        seconds,
-        work,
-    )
-
-
-def compiled_in_turns(
-    steps: dict[str, forms.Form], params: Any, x: Any, on: Device, turns: int
-) -> dict[str, Compiled]:
-    """Each step compiled `turns` times; the times are medians."""
-    found = [
-        {name: compiled(form, params, x, on) for name, form in steps.items()}
-        for _ in range(turns)
-    ]
-
-    def median(name: str) -> Compiled:
-        return found[0][name]._replace(
-            seconds=statistics.median(turn[name].seconds for turn in found),
-            processor=statistics.median(turn[name].processor for turn in found),
-        )
-
-    return {name: median(name) for name in steps}
-
-
-def copies(text: str, params: Any) -> tuple[int, int]:
-    """Copies of a parameter's size, and moves of one between two memories, in HLO.
-
-    A copy counts wherever it stands: by itself, in a fusion, in a loop. XLA:GPU writes
-    some as a transposition. `copy-start` gives (destination, source, context); on the
-    TPU target the two are in different memories: S(1) is the vector memory.
-    """
-    shapes = {_dims(s) for p in jax.tree.leaves(params) for s in _sizes(p, params)}
-    copied = moved = 0
-    for result, op in re.findall(
-        r" = (\(.*?\)|\S+) (copy|copy-start|transpose)\(", text
-    ):
-        arrays = re.findall(r"\w+\[([\d,]*)\](?:\{[^}]*?(S\(\d+\))?\})?", result)
-        dims = [int(d) for d in arrays[0][0].split(",") if d]
-        if _dims(dims) in shapes:
-            within = op != "copy-start" or arrays[0][1] == arrays[1][1]
-            copied, moved = copied + within, moved + (not within)
-    return copied, moved
-
-
-def _sizes(p: Any, params: Any) -> list[tuple[int, ...]]:
-    most = max(leaf.size for leaf in jax.tree.leaves(params))
-    if p.size < most / 1000:
-        return []  # scales and biases
-    return [p.shape, p.shape[1:]] if len(p.shape) > 2 else [p.shape]
-
-
-def _dims(shape: Any) -> tuple[int, ...]:
-    return tuple(sorted(d for d in shape if d > 1))
+from forms import EVERY
+from programs import Compiled, compiled, compiled_in_turns
+from programs import copies as copies
 
 
 def memory(size: transformer.Size, on: Device, repeats: int) -> dict[str, Compiled]:
@@ -154,16 +62,34 @@ def memory(size: transformer.Size, on: Device, repeats: int) -> dict[str, Compil
     return {name: found[name] for name in steps}
 
 
-def print_memory(found: dict[str, Compiled], size: transformer.Size) -> None:
-    plain, multisteps = found[forms.PLAIN], found[forms.MULTISTEPS]
-    leaves = jax.tree.leaves(transformer.shapes(size))
+def divided_memory(size: transformer.Size, on: Device) -> dict[str, Compiled]:
+    """The plain step on one microbatch, and steps that divide a call into eight."""
+    loss = functools.partial(transformer.loss, size)
+    weighted_loss = functools.partial(transformer.weighted_loss, size)
+    plain = forms.train_steps(loss)[forms.PLAIN]
+    params = transformer.shapes(size)
+
+    def on_rows(form: forms.Form, microbatches: int) -> Compiled:
+        shape = (microbatches * size.rows, size.length + 1)
+        return compiled(form, params, jax.ShapeDtypeStruct(shape, jnp.int32), on)
+
+    steps = forms.divided_steps(loss, weighted_loss, size.rows)
+    return {forms.ONE: on_rows(plain, 1)} | {
+        name: on_rows(form, EVERY) for name, form in steps.items()
+    }
+
+
+def print_memory(
+    title: str, found: dict[str, Compiled], baselines: dict[str, str]
+) -> None:
+    """`baselines`: what the sums are divided by, under the heads of those columns."""
     report.table(
-        f"Train step of a transformer, {sum(p.size for p in leaves) * 4e-6:.0f} MB",
-        ["", "args", "temp", "sum", "/plain", "/MultiSteps", "copies", "moves"],
+        title,
+        ["", "args", "temp", "sum", *baselines, "copies", "moves"],
         [
             [name]
             + [f"{x:.3f}" for x in (c.arguments, c.temp, c.total)]
-            + [f"{c.total / plain.total:.3f}", f"{c.total / multisteps.total:.3f}"]
+            + [f"{c.total / found[form].total:.3f}" for form in baselines.values()]
             + [f"{c.copies}", f"{c.moves}"]
             for name, c in found.items()
         ],
@@ -200,6 +126,77 @@ def print_copies(title: str, found: dict[str, Compiled]) -> None:
     )
 
 
+def across_calls(
+    size: transformer.Size, on: Device, target: str, repeats: int
+) -> list[report.Bar]:
+    """Prints tables, as the next one does; gives their bars."""
+    found = memory(size, on, repeats)
+    leaves = jax.tree.leaves(transformer.shapes(size))
+    print_memory(
+        f"Train step of a transformer, {sum(p.size for p in leaves) * 4e-6:.0f} MB",
+        found,
+        {"/plain": forms.PLAIN, "/MultiSteps": forms.MULTISTEPS},
+    )
+    compile_ratio = print_compile_times(found, "Its compilation")
+
+    params = forms.matrices()
+    optimizer = {
+        name: compiled(form, params, params, on)
+        for name, form in forms.optimizer_steps().items()
+    }
+    width = params[0].shape[0]
+    what = f"{len(params)} matrices of {width} x {width}"
+    print_copies(f"Optimizer step, {what}", optimizer)
+    x = jax.ShapeDtypeStruct((8, width), jnp.float32)
+    steps = forms.train_steps(forms.matrices_loss, forms.weighted_matrices_loss)
+    train = {name: compiled(form, params, x, on) for name, form in steps.items()}
+    print_copies(f"Train step, {what}", train)
+
+    plain, ours = found[forms.PLAIN], found[forms.TRAIN_STEP]
+    weighted = found[forms.WEIGHTED]
+    fused = [forms.APPLY_GRADIENTS, forms.TRAIN_STEP, forms.WEIGHTED]
+    return [
+        ("memory of train_step / plain", ours.total / plain.total, 1.05),
+        (
+            "memory of train_step(weighted=True) / plain",
+            weighted.total / plain.total,
+            1.05,
+        ),
+        (
+            "memory of accumulate / MultiSteps",
+            found[forms.ACCUMULATE].total / found[forms.MULTISTEPS].total,
+            0.87 if target == "cpu" else 1.01,
+        ),
+        (
+            "copies in the fused steps of the matrices",
+            optimizer[forms.APPLY_GRADIENTS].copies
+            + sum(train[name].copies for name in fused),
+            0,
+        ),
+        (
+            "copies in the transformer's train steps, less the plain step's",
+            max(ours.copies, weighted.copies) - plain.copies,
+            0,
+        ),
+        ("compile time of train_step / plain", compile_ratio, 1.3),
+    ]
+
+
+def within_a_call(size: transformer.Size, on: Device) -> list[report.Bar]:
+    found = divided_memory(size, on)
+    print_memory(
+        f"Train step on {EVERY} microbatches in one call, the same transformer",
+        found,
+        {"/plain": forms.ONE},
+    )
+    bars = [
+        (f"memory of {name} / plain", found[name].total / found[forms.ONE].total, 1.08)
+        for name in (forms.VALUE_AND_GRAD, forms.WEIGHTED_GRADIENT, forms.DIVIDED)
+    ]
+    bars += losses.table(size.width, on)
+    return bars + info_nce.table(size.width // 2, on)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,54 +217,8 @@ def main(argv: list[str] | None = None) -> None:
     chip = CHIPS.get(args.target, "CPU")
     report.header("accumax, compiled", f"{chip} (compiled on {report.host()})")
 
-    found = memory(size, on, args.repeats)
-    print_memory(found, size)
-    compile_ratio = print_compile_times(found, "Its compilation")
-
-    params = forms.matrices()
-    optimizer = {
-        name: compiled(form, params, params, on)
-        for name, form in forms.optimizer_steps().items()
-    }
-    width = params[0].shape[0]
-    what = f"{len(params)} matrices of {width} x {width}"
-    print_copies(f"Optimizer step, {what}", optimizer)
-    x = jax.ShapeDtypeStruct((8, width), jnp.float32)
-    steps = forms.train_steps(forms.matrices_loss, forms.weighted_matrices_loss)
-    train = {name: compiled(form, params, x, on) for name, form in steps.items()}
-    print_copies(f"Train step, {what}", train)
-
-    plain, ours = found[forms.PLAIN], found[forms.TRAIN_STEP]
-    optax_form = found[forms.ACCUMULATE].total
-    multisteps = found[forms.MULTISTEPS].total
-    fused = [forms.APPLY_GRADIENTS, forms.TRAIN_STEP, forms.WEIGHTED]
-    report.bars(
-        [
-            ("memory of train_step / plain", ours.total / plain.total, 1.05),
-            (
-                "memory of train_step(weighted=True) / plain",
-                found[forms.WEIGHTED].total / plain.total,
-                1.05,
-            ),
-            (
-                "memory of accumulate / MultiSteps",
-                optax_form / multisteps,
-                0.87 if args.target == "cpu" else 1.01,
-            ),
-            (
-                "copies in the fused steps of the matrices",
-                optimizer[forms.APPLY_GRADIENTS].copies
-                + sum(train[name].copies for name in fused),
-                0,
-            ),
-            (
-                "copies in the transformer's train steps, less the plain step's",
-                max(ours.copies, found[forms.WEIGHTED].copies) - plain.copies,
-                0,
-            ),
-            ("compile time of train_step / plain", compile_ratio, 1.3),
-        ]
-    )
+    bars = across_calls(size, on, args.target, args.repeats)
+    report.bars(bars + within_a_call(size, on))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,11 @@
 
 import accuracy
 import forms
+import info_nce
+import jax
+import jax.numpy as jnp
+import losses
+import models
 import pytest
 import speed
 import targets
@@ -11,13 +16,28 @@ import accumax
 
 def test_the_compiled_figures_print_their_bars(capsys, monkeypatch):
     # The bars of the large matrices are in test_compiled.py.
-    few = forms.matrices(2, 64)
-    monkeypatch.setattr(forms, "matrices", lambda *_: few)
+    of, divided = forms.matrices, forms.divided_steps
+    ours = forms.VALUE_AND_GRAD, forms.WEIGHTED_GRADIENT, forms.DIVIDED
+    monkeypatch.setattr(forms, "matrices", lambda n=2, width=64: of(n, width))
+    monkeypatch.setattr(losses, "DEPTHS", (2, 3, 4))
+    monkeypatch.setattr(info_nce, "LAYERS", 1)
+    monkeypatch.setattr(info_nce, "BATCHES", (1, 2, 3))
+    monkeypatch.setattr(  # those of others take as long to compile
+        forms, "divided_steps", lambda *args: {k: divided(*args)[k] for k in ours}
+    )
     targets.main(["cpu", "--size", "2,32,2,64,16", "--repeats", "1"])
     out = capsys.readouterr().out
     assert f"accumax {accumax.__version__}" in out
     assert "memory of train_step / plain" in out
     assert "copies in the fused steps of the matrices: 0, bar 0: met" in out
+    for bar in (
+        "memory of value_and_grad(weighted=True) / plain",
+        "memory of train_step(microbatch_size) / plain",
+        "temp of three losses / the costliest, one trunk",
+        "temp of three losses / the costliest, a trunk and three heads",
+        "temp of InfoNCE at 3 x, less embeddings, / 2 x",
+    ):
+        assert bar in out
 
 
 def test_the_inner_optimizer_runs_once_in_a_window_in_every_form():
@@ -26,10 +46,24 @@ def test_the_inner_optimizer_runs_once_in_a_window_in_every_form():
 
 def test_the_timed_figures_are_ratios_within_one_run():
     assert speed.optimizer_times(speed.QUICK) > 0
+    for what, ratio, _ in speed.within_a_call(speed.QUICK):
+        assert ratio > 0, what
+
+
+def test_the_small_models_of_the_timed_figures_learn():
+    for model in (models.convolutions(2), models.stack(2, 8, 2)):
+        grads = jax.jit(jax.grad(model.loss))(model.init(), model.batch)
+        assert all(jnp.any(g != 0) for g in grads)
 
 
 def test_the_error_stays_within_twice_that_of_the_big_batch():
     assert accuracy.table(seeds=1, windows=5) <= 2
+    assert accuracy.gradient_table(seeds=1) <= 2
+    assert accuracy.half_precision_table(seeds=1, sizes=(64,)) <= 2
+
+
+def test_ones_in_bfloat16_have_a_mean_of_one():
+    assert accuracy.ones_table() == 0
 
 
 def test_a_target_that_is_unknown_is_refused(capsys):

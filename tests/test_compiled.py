@@ -8,9 +8,10 @@ import functools
 import forms
 import jax
 import jax.numpy as jnp
+import losses
 import optax
+import programs
 import pytest
-import targets
 import transformer
 from forms import ADAMW, EVERY
 from problems import init, loss_fn
@@ -33,7 +34,11 @@ def memory(compiled):
 
 def copies(compiled):
     """Copies of a matrix's size, wherever they stand in the program."""
-    return targets.copies(compiled.as_text(), MATRICES)[0]
+    return programs.copies(compiled.as_text(), MATRICES)[0]
+
+
+def temp(fun, *args):
+    return jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
 @functools.cache
@@ -55,6 +60,91 @@ def test_a_train_step_takes_at_most_five_percent_more_memory_than_no_accumulatio
 def test_the_optax_form_takes_an_eighth_less_memory_than_multisteps():
     ours = transformer_memory(forms.ACCUMULATE)
     assert ours <= 0.87 * transformer_memory(forms.MULTISTEPS)
+
+
+@functools.cache
+def divided_memory(form):
+    """Of a step that divides its call into eight microbatches of one row."""
+    size = transformer.Size()
+    loss = functools.partial(transformer.loss, size)
+    weighted_loss = functools.partial(transformer.weighted_loss, size)
+    tokens = jax.ShapeDtypeStruct((EVERY, size.length + 1), jnp.int32)
+    step, init_state = forms.divided_steps(loss, weighted_loss, 1)[form]
+    return memory(compiled(step, init_state, transformer.shapes(size), tokens))
+
+
+@pytest.mark.parametrize("form", [forms.VALUE_AND_GRAD, forms.DIVIDED])
+def test_eight_microbatches_take_at_most_eight_percent_more_memory_than_one(form):
+    assert divided_memory(form) <= 1.08 * transformer_memory(forms.PLAIN)
+
+
+def test_the_twin_that_carries_the_tree_takes_a_gradient_more():
+    carried = divided_memory("value_and_grad(in_place=False)")
+    assert carried >= divided_memory(forms.VALUE_AND_GRAD) + 0.7 * sum(
+        4 * p.size for p in jax.tree.leaves(transformer.shapes(transformer.Size()))
+    )
+
+
+@pytest.mark.parametrize("model", [losses.trunk, losses.heads])
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_three_losses_take_the_memory_of_the_costliest(model, parts, in_place):
+    width = 128
+    _, params, funs = model(width)
+    x = jax.ShapeDtypeStruct((16 * width, width), jnp.float32)
+
+    def of(fun):
+        f = accumax.value_and_grad(fun, microbatches=parts, in_place=in_place)
+        return temp(f, params, x)
+
+    assert of(funs) <= 1.25 * of(funs[-1])
+    joint = jax.value_and_grad(lambda p, x: sum(fun(p, x) for fun in funs))
+    assert of(funs) <= 0.6 * temp(joint, params, x)
+
+
+def test_a_smaller_last_microbatch_takes_no_memory_beside_the_others():
+    params = forms.matrices(16, 128)
+
+    def grad(size):
+        return accumax.grad(forms.matrices_loss, microbatch_size=size)
+
+    x = jax.ShapeDtypeStruct((640, 128), jnp.float32)
+    one = jax.ShapeDtypeStruct((50, 128), jnp.float32)
+    accumulator = 16 * 128 * 128 * 4
+    alone = temp(jax.grad(forms.matrices_loss), params, one)
+    assert temp(grad(50), params, x) <= 1.25 * alone + accumulator
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_contrastive_loss_takes_the_memory_of_a_microbatch_and_its_embeddings(
+    in_place,
+):
+    width, rows = 64, 32
+    params = forms.matrices(8, width)
+
+    def embed(params, x):
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return x.mean(1)
+
+    def grad(embed):
+        def loss(params, x):
+            features = embed(params, x)
+            return jnp.mean(jax.nn.logsumexp(features @ features.T, 1))
+
+        return jax.grad(loss)
+
+    by_part = accumax.microbatch(embed, microbatch_size=rows, in_place=in_place)
+
+    def of(embed, batch):
+        x = jax.ShapeDtypeStruct((batch, width, width), jnp.float32)
+        return temp(grad(embed), params, x)
+
+    embeddings = 2 * 16 * rows * width * 4  # and their cotangents
+    similarities = 2 * (16 * rows) ** 2 * 4
+    most = of(by_part, 16 * rows)
+    assert most <= 1.1 * of(by_part, 2 * rows) + embeddings + similarities
+    assert most <= 0.2 * of(embed, 16 * rows)
 
 
 def test_a_policy_takes_no_more_memory_than_one_gradient_tree():

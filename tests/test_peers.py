@@ -224,10 +224,10 @@ def test_microbatching_loses_a_sum_of_ones_in_bfloat16():
         return jnp.mean(w * x)
 
     w, ones = jnp.bfloat16(1), jnp.ones(1024, jnp.bfloat16)
-    peer = optax.microbatching.microbatch(
-        jax.grad(mean), 1, 1, optax.microbatching.AccumulationType.MEAN
-    )
-    assert peer(w, ones) == 0.25
+    if hasattr(optax, "microbatching"):  # Optax 0.2.5 has none
+        how = optax.microbatching.AccumulationType.MEAN
+        peer = optax.microbatching.microbatch(jax.grad(mean), 1, 1, how)
+        assert peer(w, ones) == 0.25
     assert accumax.grad(mean, microbatch_size=1)(w, ones) == 1
     # And across calls.
     emitted, _ = run(accumax.accumulate(SGD, 1024), list(ones), jnp.bfloat16(0))
@@ -240,11 +240,10 @@ def test_microbatching_has_one_dropout_mask_for_all():
         return jnp.mean(w * x * mask), mask
 
     x, key = jnp.ones(64), jax.random.key(0)
-    peer = optax.microbatching.microbatch(
-        fun, 1, 32, optax.microbatching.AccumulationType.CONCAT
-    )
-    _, mask = peer(1.0, x, key)
-    assert jnp.all(mask[::2] == mask[1::2])
+    if hasattr(optax, "microbatching"):
+        how = optax.microbatching.AccumulationType.CONCAT
+        _, mask = optax.microbatching.microbatch(fun, 1, 32, how)(1.0, x, key)
+        assert jnp.all(mask[::2] == mask[1::2])
     f = accumax.grad(fun, has_aux=True, microbatch_size=32, rng_argnums=2, aux="concat")
     _, mask = f(1.0, x, key)
     assert not jnp.all(mask[::2] == mask[1::2])
