@@ -195,7 +195,7 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
         info = jnp.finfo(jax.dtypes.canonicalize_dtype(float))
         if not (known == 0 or float(info.tiny) <= known <= float(info.max)):
             raise ValueError(
-                f"{name} is {weight}; it must be 0 or a normal positive {info.dtype}. "
+                f"{name}={weight} must be 0 or a normal positive {info.dtype}. "
                 "For a gradient that should not count, let it be 0."
             )
     return jnp.asarray(weight, float)
