@@ -40,7 +40,9 @@ def test_contrastive_updates_as_the_whole_batch_and_the_naive_way_does_not(
     assert figures["held_out_accumax"] == pytest.approx(
         figures["held_out_whole"], rel=1e-5
     )
-    assert figures["found_accumax"] == figures["found_whole"] > 2 / 360
+    # Of 360; rounding may turn a tie over.
+    assert abs(figures["found_accumax"] - figures["found_whole"]) <= 2 / 360
+    assert figures["found_whole"] > 4 / 360
     assert figures["temp_accumax"] < 0.2 * figures["temp_whole"]
     assert figures["memory_accumax"] < 0.3 * figures["memory_whole"]
     # 16 times the batch: 16 times the activations, or what is stored in a few copies.
