@@ -1,5 +1,6 @@
 """Gradient accumulation as an Optax transformation."""
 
+import functools
 import operator
 from typing import Any
 
@@ -14,6 +15,7 @@ from ._window import (
     AccumulateState,
     Window,
     check_length,
+    is_accumulate,
     is_state,
     window_of,
 )
@@ -195,6 +197,39 @@ def flush(
                 "no gradient. Pass it to the call that does."
             )
     return window.flush(params, opt_state, extra_args)
+
+
+def accumulating(
+    tx: optax.GradientTransformation, every: int | Schedule | None, name: str
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` if it is an `accumulate`, else one around it, for what calls it `name`.
+
+    Raises:
+      TypeError: it is none, and `every` is None.
+      ValueError: it is one, and `every` is not None.
+    """
+    if every is None:
+        try:
+            window_of(tx, name)
+        except TypeError as error:
+            raise TypeError(
+                f"{error} Or pass every=..., the calls in a window, and tx is wrapped."
+            ) from None
+        return tx  # type: ignore[return-value]
+    if is_accumulate(tx):
+        raise ValueError(
+            f"{every=} was passed with a tx that is an accumax.accumulate already. "
+            "Pass one or the other."
+        )
+    return _wrapped(tx, _check_every(every))
+
+
+@functools.lru_cache(maxsize=64)
+def _wrapped(
+    tx: optax.GradientTransformation, every: int | Schedule
+) -> optax.GradientTransformationExtraArgs:
+    """One for the same arguments, so that two train states have one structure."""
+    return accumulate(tx, every)
 
 
 def _check_every(every: Any) -> Any:

@@ -76,6 +76,22 @@ def check_places(name: str, value: Any) -> tuple[Place, ...]:
     return tuple(place(x) for x in (value if several else (value,)))
 
 
+def check_names(**lists: Any) -> list[tuple[str, ...]]:
+    """Each list of fields' names, as a tuple. None is in two."""
+    checked = []
+    for option, names in lists.items():
+        names = (names,) if isinstance(names, str) else tuple(names)
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"{option}={names} must be names of fields.")
+        checked.append(names)
+    flat = [name for names in checked for name in names]
+    for name in flat:
+        if flat.count(name) > 1:
+            raise ValueError(f"The field {name!r} is named more than once in {lists}.")
+    return checked
+
+
 def parameters(fun: Callable[..., Any]) -> list[str]:
     """The names by which arguments could be passed to `fun`, in their order."""
     try:
@@ -120,6 +136,22 @@ def check_rows(batches: dict[Place, PyTree]) -> int:
     if rows == 0:
         raise ValueError("The batch is empty: its leaves have 0 rows. Skip this call.")
     return rows
+
+
+def rows_of(
+    listed: tuple[Place, ...],
+    fun: Callable[..., Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> int:
+    """The rows of the batch in a call; `listed` is its batch_argnums.
+
+    Raises:
+      TypeError, ValueError: these do not fit the call.
+    """
+    call = {**dict(enumerate(args)), **kwargs}
+    found = find("batch_argnums", listed, fun, args, kwargs)
+    return check_rows({place: call[place] for place in found})
 
 
 def _is_key(x: Any) -> bool:

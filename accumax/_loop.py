@@ -19,6 +19,26 @@ from ._types import ArrayLike, PyTree
 _TREES = accumulator()  # of trees that are sums already, in whatever dtype these have
 
 
+@dataclasses.dataclass(frozen=True)
+class Carrying:
+    """A loss that is handed a state by the microbatch before it.
+
+    `fun` takes that state as one more argument, the first, and returns the next one in
+    `(carried, aux)`, with or without `has_aux`. `value_and_grad` of this takes it first
+    and returns `(carried, result)`; a `train_step` of it takes it third and returns
+    `(carried, aux)` for the aux.
+    """
+
+    fun: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fun(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.fun  # for inspect.signature
+
+
 class Outcome(NamedTuple):
     """What a scan over microbatches gave.
 
@@ -28,12 +48,14 @@ class Outcome(NamedTuple):
       grads: the accumulator.
       weight: () float, what the gradient is to be divided by for a mean.
       accepted: () bool, false if a weight did not count that was not 0.
+      carried: what the last microbatch handed on, or None.
     """
 
     losses: list[Loss]
     grads: PyTree
     weight: jax.Array
     accepted: jax.Array
+    carried: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +77,10 @@ class Loop:
     aux: Sequence[PyTree]
     in_place: bool
 
+    @property
+    def carries(self) -> bool:
+        return isinstance(self.losses[0], Carrying)
+
     def run(
         self,
         args: tuple,
@@ -64,6 +90,7 @@ class Loop:
         *,
         seed: Callable[[int], float],
         counted: Callable[[jax.Array], jax.Array],
+        carried: PyTree = None,
     ) -> Outcome:
         """Adds the gradient of every microbatch to `grads`.
 
@@ -75,11 +102,13 @@ class Loop:
           seed: from the rows of a microbatch to what its gradient is multiplied by,
             static.
           counted: from a weight to the one that counts; nothing is added for 0.
+          carried: what the first microbatch is handed, if `carries`.
         """
         live = {n: live_part(args[n]) for n in argnums}
         sums = dict(zip(argnums, grads, strict=True))
+        carried = jax.tree.map(numerics.strong, carried)
         terms = [
-            _Term(self, fun, live, parts, aux, seed, counted)
+            _Term(self, fun, live, parts, aux, seed, counted, carried)
             for fun, aux in zip(self.losses, self.aux, strict=True)
         ]
         total = None
@@ -87,9 +116,9 @@ class Loop:
             total = _normalise(terms, parts)
 
         def alone(carry: Any, part: Part) -> Any:
-            grads, (seen,) = carry
-            grads, seen = terms[0].add(grads, seen, part)
-            return grads, [seen]
+            grads, (seen,), carried = carry
+            grads, seen, carried = terms[0].add(grads, seen, part, carried)
+            return grads, [seen], carried
 
         def in_turn(carry: Any, part: Part) -> Any:
             # XLA merges the graphs of losses that are computed one after another, and
@@ -99,9 +128,9 @@ class Loop:
                 for i, term in enumerate(terms):
 
                     def add(carry: Any, i: int = i, term: _Term = term) -> Any:
-                        grads, seen = carry
-                        grads, new = term.add(grads, seen[i], part)
-                        return grads, [*seen[:i], new, *seen[i + 1 :]]
+                        grads, seen, carried = carry
+                        grads, new, carried = term.add(grads, seen[i], part, carried)
+                        return grads, [*seen[:i], new, *seen[i + 1 :]], carried
 
                     carry = at_most_once(n == i, add, carry)
                 return carry, None
@@ -109,15 +138,15 @@ class Loop:
             return lax.scan(turn, carry, jnp.arange(len(terms)))[0]
 
         body = alone if len(terms) == 1 else in_turn
-        carry = sums, [term.begin() for term in terms]
-        sums, seen = parts.scan(body, carry)
+        carry = sums, [term.begin() for term in terms], carried
+        sums, seen, carried = parts.scan(body, carry)
         grads = tuple(sums[n] for n in argnums)
         accepted = jnp.all(~jnp.stack([s.refused for s in seen]))
         pairs = zip(terms, seen, strict=True)
         losses = [term.end(s) for term, s in pairs]
         if total is None:
             total = seen[0].weight
-        return Outcome(losses, grads, total, accepted)
+        return Outcome(losses, grads, total, accepted, carried)
 
 
 class _Seen(NamedTuple):
@@ -149,51 +178,68 @@ class _Term:
         aux: PyTree,
         seed: Callable[[int], ArrayLike],
         counted: Callable[[jax.Array], jax.Array],
+        carried: PyTree,
     ):
         self.loop, self.fun, self.live, self.parts = loop, fun, live, parts
-        self.seed, self.counted = seed, counted
+        self.seed, self.counted, self.carried = seed, counted, carried
         shapes = [self._shape(part) for part in parts.each()]
         self.shape = shapes[0]
         self.reducer = _reduce.reducer(aux, shapes[0].aux, shapes[-1].aux, parts)
 
-    def read(self, live: dict[int, PyTree], part: Part) -> Loss:
-        args = list(part.args)
+    def read(
+        self, live: dict[int, PyTree], part: Part, carried: PyTree
+    ) -> tuple[Loss, PyTree]:
+        """The loss of a microbatch, and what it hands on."""
+        loop, args = self.loop, list(part.args)
         for n, x in live.items():
             args[n] = numerics.restore(x, args[n])
-        out = self.fun(*args, **part.kwargs)
-        return _loss.read(out, has_aux=self.loop.has_aux, weighted=self.loop.weighted)
+        if not loop.carries:
+            out = self.fun(*args, **part.kwargs)
+            loss = _loss.read(out, has_aux=loop.has_aux, weighted=loop.weighted)
+            return loss, None
+        out = self.fun(carried, *args, **part.kwargs)
+        loss = _loss.read(out, has_aux=True, weighted=loop.weighted)
+        new, aux = loss.aux
+        return loss._replace(aux=aux), numerics.cast_like(new, carried)
 
     def _shape(self, part: Part) -> Loss:
-        return jax.eval_shape(lambda x: self.read(x, part), self.live)
+        def shape(live: dict[int, PyTree], carried: PyTree) -> Loss:
+            return self.read(live, part, carried)[0]
+
+        return jax.eval_shape(shape, self.live, self.carried)
 
     def begin(self) -> _Seen:
         dtype = jnp.promote_types(self.shape.value.dtype, jnp.float32)
         zero = jnp.zeros((), float)
         return _Seen(jnp.zeros((), dtype), zero, jnp.bool_(False), self.reducer.init())
 
-    def add(self, grads: PyTree, seen: _Seen, part: Part) -> tuple[PyTree, _Seen]:
+    def add(
+        self, grads: PyTree, seen: _Seen, part: Part, carried: PyTree
+    ) -> tuple[PyTree, _Seen, PyTree]:
         dtype = seen.value.dtype
 
         def fun(live: dict[int, PyTree]) -> tuple[jax.Array, Any]:
-            loss = self.read(live, part)
+            loss, new = self.read(live, part, carried)
             taken = None if loss.weight is None else self.counted(loss.weight) != 0
             value, seed = loss.value, self.seed(part.rows)
             if not (isinstance(seed, float) and seed == 1):
                 value = value.astype(dtype) * seed
-            return value, (taken, loss)
+            return value, (taken, (loss, new))
 
-        loss, grads = backward(fun, self.live, grads, in_place=self.loop.in_place)
+        out, grads = backward(fun, self.live, grads, in_place=self.loop.in_place)
+        loss, carried = out
         value, (weight, refused) = loss.value.astype(dtype), self.weigh(loss, part)
         if loss.weight is not None:
             value = jnp.where(weight != 0, value, 0)
         elif self.loop.mean:
             value = value * weight.astype(dtype)
-        return grads, _Seen(
+        seen = _Seen(
             seen.value + value,
             seen.weight + weight,
             seen.refused | refused,
             self.reducer.add(seen.aux, loss.aux, part, weight),
         )
+        return grads, seen, carried
 
     def weigh(self, loss: Loss, part: Part) -> tuple[jax.Array, jax.Array]:
         """() float, the weight of what counts, and () bool, whether it was refused."""
@@ -225,8 +271,8 @@ def _normalise(terms: list[_Term], parts: Parts) -> jax.Array:
 
     def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
         def added(term: _Term, total: jax.Array) -> jax.Array:
-            weight, _ = term.weigh(term.read(term.live, part), part)
-            return total + weight
+            loss, _ = term.read(term.live, part, term.carried)
+            return total + term.weigh(loss, part)[0]
 
         return [added(*pair) for pair in zip(terms, sums, strict=True)]
 

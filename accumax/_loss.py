@@ -1,5 +1,6 @@
 """What a loss function returns: checked, and in one form."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -72,3 +73,24 @@ def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
             f"returned {numerics.outline(value)}.{hint}"
         )
     return Loss(jnp.asarray(value), weight, aux)
+
+
+def split_aux(aux: Any, names: tuple[str, ...], has_aux: bool) -> tuple[Any, Any]:
+    """`(new, aux)` of what came with the loss."""
+    if not names:
+        return {}, aux
+    new, rest = aux, None
+    if has_aux:
+        if not isinstance(aux, tuple) or len(aux) != 2:
+            raise TypeError(
+                f"With mutable={names} and has_aux=True the loss function must return "
+                f"(loss, (new, aux)); its second part was {numerics.outline(aux)}."
+            )
+        new, rest = aux
+    if not isinstance(new, Mapping) or set(new) != set(names):
+        got = sorted(new) if isinstance(new, Mapping) else numerics.outline(new)
+        raise TypeError(
+            f"With mutable={names} the loss function must return (loss, new) with "
+            f"exactly these in new, a mapping; it has {got}."
+        )
+    return new, rest

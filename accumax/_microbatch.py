@@ -11,7 +11,7 @@ from . import _numerics as numerics
 from . import _reduce
 from ._accumulator import Sums, accumulator, usable
 from ._arguments import Places, at, check_argnums
-from ._loop import Loop, live_part
+from ._loop import Carrying, Loop, live_part
 from ._split import split
 from ._types import DTypeLike, PyTree
 
@@ -122,6 +122,7 @@ def value_and_grad(
     """
     several = isinstance(fun, Sequence)
     losses = tuple(fun) if several else (fun,)
+    carries = isinstance(fun, Carrying)
     if not losses or not all(map(callable, losses)):
         raise TypeError(
             f"{fun=} must be a loss function, or a sequence of at least one."
@@ -143,6 +144,7 @@ def value_and_grad(
     seeded = reduction == "mean" and not weighted
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        carried, args = (args[0], args[1:]) if carries else (None, args)
         places = at(positions, args)
         for n in places:
             if jax.tree.leaves(args[n]) and not jax.tree.leaves(live_part(args[n])):
@@ -160,6 +162,7 @@ def value_and_grad(
             seed=lambda rows: rows / parts.unit if seeded else 1.0,
             # One that cannot be is not refused: there is no state to count it in.
             counted=lambda weight: jnp.where(usable(weight), weight, jnp.nan),
+            carried=carried,
         )
         grads, _ = accumulated.result(Sums(out.grads, out.weight, {}))
         grads = numerics.cast_like(grads, live)
@@ -167,9 +170,11 @@ def value_and_grad(
         values = tuple(loss.value for loss in out.losses)
         auxs = tuple(loss.aux for loss in out.losses)
         value, aux = (values, auxs) if several else (values[0], auxs[0])
-        return ((value, aux) if has_aux else value), (
-            grads if several_args else grads[0]
+        result = (
+            (value, aux) if has_aux else value,
+            grads if several_args else grads[0],
         )
+        return (out.carried, result) if carries else result
 
     return functools.wraps(losses[0], updated=())(value_and_grad_fun)
 

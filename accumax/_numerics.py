@@ -136,6 +136,24 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
         )
 
 
+def check_same(name: str, tree: PyTree, expected: PyTree) -> None:
+    """Checks that `tree` has the leaves of `expected`, of the same shapes.
+
+    Raises:
+      ValueError: it has not.
+    """
+    want, got = outline(expected), outline(tree)
+    shapes = [
+        (jax.tree.structure(t), [np.shape(x) for x in jax.tree.leaves(t)])
+        for t in (tree, expected)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"The new {name} is {got}, where {want} was. It must stay of that "
+            "structure and of those shapes."
+        )
+
+
 def describe(x: Any) -> str:
     """`x` for an error message: `float32[3, 4]` for an array, its repr for the rest."""
     dtype = dtype_of(x)

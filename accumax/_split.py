@@ -190,7 +190,7 @@ class Split:
 
         def part(i: ArrayLike, last: bool = False) -> Part:
             here = call | dict(zip(batches, cut(i, last), strict=True))
-            here |= {place: _fold_in(call[place], i) for place in keys}
+            here |= {place: fold_in(call[place], i) for place in keys}
             return Part(
                 tuple(here[n] for n in range(len(args))),
                 {name: here[name] for name in kwargs},
@@ -255,7 +255,9 @@ def split(
     return Split(microbatch_size, microbatches, batch, keys, unroll)
 
 
-def _fold_in(keys: PyTree, i: ArrayLike) -> PyTree:
+def fold_in(keys: PyTree, i: ArrayLike) -> PyTree:
+    """Each of `keys`, typed or raw, folded with i, () integer."""
+
     def fold(key: Any) -> jax.Array:
         return jax.random.fold_in(jnp.asarray(key), jnp.asarray(i, jnp.uint32))
 

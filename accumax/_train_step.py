@@ -13,7 +13,7 @@ from . import _numerics as numerics
 from ._accumulator import Accumulator, check_weight, counts
 from ._arguments import Places, parameters
 from ._inplace import add_backward, reset
-from ._loop import Loop, live_part
+from ._loop import Carrying, Loop, live_part
 from ._loss import Loss
 from ._split import Split, split
 from ._types import ArrayLike, PyTree
@@ -159,7 +159,7 @@ def train_step(
             f"loss_fn={loss_fn!r} must be a function (params, *args) -> loss."
         )
     carried = not in_place or window.accumulator.nonfinite != "propagate"
-    names = set(parameters(loss_fn))
+    names, carries = set(parameters(loss_fn)), isinstance(loss_fn, Carrying)
     if microbatch_size is None:
         if (batch_argnums, rng_argnums, aux) != (1, (), "mean"):
             raise ValueError(
@@ -221,7 +221,7 @@ def train_step(
 
         progress = window.progress(opt_state, accepted & usable, flush)
         params, new_state = window.close(params, opt_state, sums, progress, extra_args)
-        out = (loss.value, loss.aux) if has_aux else loss.value
+        out = (loss.value, loss.aux) if has_aux or carries else loss.value
         return params, new_state, out
 
     return step
@@ -241,10 +241,15 @@ class _Backward(NamedTuple):
 
 
 def _at_once(loss_fn: Callable[..., Any], has_aux: bool, weighted: bool) -> _Backward:
+    carries = isinstance(loss_fn, Carrying)
+
     def of(model: PyTree, args: tuple) -> Callable[[PyTree], tuple[jax.Array, Any]]:
         def fun(live: PyTree) -> tuple[jax.Array, Any]:
-            out = loss_fn(numerics.restore(live, model), *args)
-            loss = _loss.read(out, has_aux=has_aux, weighted=weighted)
+            here = numerics.restore(live, model)
+            # What is carried comes first.
+            call = (args[0], here, *args[1:]) if carries else (here, *args)
+            out = loss_fn(*call)
+            loss = _loss.read(out, has_aux=has_aux or carries, weighted=weighted)
             taken = None if loss.weight is None else counts(loss.weight)
             return loss.value, (taken, loss._replace(value=loss.mean()))
 
@@ -268,6 +273,7 @@ def _by_microbatch(loop: Loop, divide: Split, accumulator: Accumulator) -> _Back
     def run(
         model: PyTree, args: tuple, grads: PyTree
     ) -> tuple[Loss, PyTree, ArrayLike]:
+        carried, args = (args[0], args[1:]) if loop.carries else (None, args)
         call = model, *args
         parts = divide.parts(loop.losses[0], (0,), call, {})
         # The call stands for what it would without microbatches: for one mean.
@@ -283,8 +289,12 @@ def _by_microbatch(loop: Loop, divide: Split, accumulator: Accumulator) -> _Back
             (grads,),
             seed=seed,
             counted=lambda weight: jnp.where(counts(weight), weight, 0),
+            carried=carried,
         )
-        return out.losses[0], out.grads[0], out.accepted
+        (loss,) = out.losses
+        if loop.carries:
+            loss = loss._replace(aux=(out.carried, loss.aux))
+        return loss, out.grads[0], out.accepted
 
     def gradient(model: PyTree, args: tuple) -> tuple[Loss, PyTree, ArrayLike]:
         zeros = numerics.minus_zeros_like(accumulator.init(model).grads)

@@ -276,15 +276,19 @@ class Window:
 
 def window_of(tx: Any, name: str) -> Window:
     """The window behind an `accumulate`, for the forms that fuse it."""
-    window = getattr(getattr(tx, "update", None), "__self__", None)
-    if not isinstance(window, Window):
+    if not is_accumulate(tx):
         raise TypeError(
             f"accumax.{name} needs a tx made by accumax.accumulate, and it must be "
             f"outermost; got a {type(tx).__name__}. Write accumulate(optax.chain(a, "
             "b), every) for optax.chain(a, accumulate(b, every)), or use tx.update and "
             "optax.apply_updates."
         )
-    return window
+    return tx.update.__self__
+
+
+def is_accumulate(tx: Any) -> bool:
+    window = getattr(getattr(tx, "update", None), "__self__", None)
+    return isinstance(window, Window)
 
 
 def check_flush(flush: Any) -> ArrayLike:

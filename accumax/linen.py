@@ -1,0 +1,369 @@
+"""Flax Linen: a train state that accumulates. Needs the extra `accumax[flax]`."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training import train_state
+
+from . import _loss, _statistics
+from . import _numerics as numerics
+from ._accumulate import accumulating, flush
+from ._arguments import Places, check_names, check_places
+from ._ema import ema as ema
+from ._handing import Handing
+from ._split import fold_in
+from ._train_step import apply_gradients
+from ._train_step import train_step as core_step
+from ._types import ArrayLike, PyTree, Schedule
+from ._window import AccumulateState
+
+STATISTICS = "batch_stats"  # Flax's name for the collection of running statistics
+
+
+class TrainState(train_state.TrainState):
+    """`flax.training.train_state.TrainState` with windows of several calls.
+
+    Subclass it to add fields, as with Flax's own. A field `batch_stats` is pooled:
+    within a window it stays as it was, and what the calls gave for it is one update
+    when the window closes, with the mean and the variance of all its rows. (What a
+    layer normalises with is still its microbatch.) It may also hold leaves that are not
+    a running mean and variance, which are averaged; integers are the latest.
+
+    Attributes:
+      step: () int32, the gradient steps so far, as schedules count them. Random keys
+        that are folded with it repeat within a window: take `microstep` for that.
+      apply_fn, params, tx, opt_state: as Flax's; `tx` is an `accumulate`.
+      microstep: () int32, the calls so far.
+      pool: the open window's running statistics, None without `batch_stats`.
+      momentum: of each running mean and variance. Static.
+
+    >>> import accumax.linen, jax, optax
+    >>> import flax.linen as nn
+    >>> import jax.numpy as jnp
+    >>> model, x = nn.Dense(1), jnp.ones((4, 2))
+    >>> state = accumax.linen.TrainState.create(
+    ...     apply_fn=model.apply,
+    ...     params=model.init(jax.random.key(0), x)["params"],
+    ...     tx=optax.adam(1e-3),
+    ...     every=2,  # the line that changes
+    ... )
+    >>> def loss_fn(params):
+    ...     return jnp.mean(state.apply_fn({"params": params}, x) ** 2)
+    >>> for _ in range(4):
+    ...     state = state.apply_gradients(grads=jax.grad(loss_fn)(state.params))
+    >>> print(state.step, state.microstep)
+    2 4
+    """
+
+    microstep: Any = struct.field(default=None, kw_only=True)
+    pool: Any = struct.field(default=None, kw_only=True)
+    momentum: tuple[float, ...] = struct.field(
+        default=(), kw_only=True, pytree_node=False
+    )
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        apply_fn: Callable[..., Any],
+        params: PyTree,
+        tx: optax.GradientTransformation,
+        every: int | Schedule | None = None,
+        momentum: float | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "TrainState":
+        """A state at step 0.
+
+        Args:
+          apply_fn: usually `model.apply`. Static.
+          params: the parameters.
+          tx: an optimizer, which `every` wraps in an `accumax.accumulate`; or an
+            `accumulate` with options of its own, outermost.
+          every: the calls in a window, or a schedule for it; see `accumax.accumulate`.
+          momentum: that of the `BatchNorm` whose running mean and variance are in
+            `batch_stats`. One for all, or a mapping from their names, as `batch_stats`
+            has them, to momenta or further mappings. Static.
+          **kwargs: the fields of a subclass.
+
+        Raises:
+          TypeError: `tx` is no `accumulate`, and `every` is not given.
+          ValueError: it is one, and `every` is given; or `batch_stats` needs a momentum
+            and has none.
+        """
+        tx = accumulating(tx, every, "linen.TrainState")
+        pool, momenta = None, ()
+        if STATISTICS in kwargs:
+            momenta = _statistics.check_momenta(
+                kwargs[STATISTICS],
+                functools.partial(_statistics.lookup, momentum),
+                f"{STATISTICS}, which came with {momentum=},",
+                'Pass momentum=..., for several layers {"name": momentum, ...}',
+            )
+            pool = _statistics.begin(kwargs[STATISTICS])
+        elif momentum is not None:
+            raise ValueError(
+                f"{momentum=} is for running statistics, and there are none. Pass "
+                f"{STATISTICS}=..., with a subclass that has this field."
+            )
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            apply_fn=apply_fn,
+            params=params,
+            tx=tx,
+            opt_state=tx.init(_optimized(params)),
+            microstep=jnp.zeros((), jnp.int32),
+            pool=pool,
+            momentum=momenta,
+            **kwargs,
+        )
+
+    def apply_gradients(
+        self,
+        *,
+        grads: PyTree,
+        weight: ArrayLike = 1.0,
+        flush: ArrayLike = False,
+        extra_args: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> "TrainState":
+        """The state after one more gradient, by `accumax.apply_gradients`: in place.
+
+        Args:
+          grads: the gradient of one microbatch, shaped as `params`.
+          weight: () float, the items (examples, tokens) that it stands for, and the
+            rows that `batch_stats` does.
+          flush: () bool, close the window with this call.
+          extra_args: what the optimizer takes, such as `{"value": loss}`.
+          **kwargs: fields to be replaced, as with Flax's; `batch_stats` is pooled.
+
+        Raises:
+          TypeError, ValueError: as `accumax.apply_gradients`; or `batch_stats` does not
+            fit.
+        """
+        overwritten = {}
+        if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
+            # Their "gradients" are their new values, in each call (Flax's fp8).
+            overwritten[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]
+            grads = grads["params"]
+        statistics = kwargs.pop(STATISTICS, None)
+        self._check(statistics)
+        params, opt_state = apply_gradients(
+            self.tx,
+            _optimized(self.params),
+            self.opt_state,
+            grads,
+            weight=weight,
+            flush=flush,
+            **(extra_args or {}),
+        )
+        if overwritten:
+            params = {"params": params} | overwritten
+        return self._after(params, opt_state, statistics, weight, called=True, **kwargs)
+
+    def flush(self, **extra_args: Any) -> "TrainState":
+        """The state with an open window closed, as by `accumax.flush`.
+
+        Args:
+          **extra_args: what the optimizer takes.
+        """
+        params, opt_state = flush(
+            self.tx, _optimized(self.params), self.opt_state, **extra_args
+        )
+        if _has_overwritten(self.params):
+            params = {**self.params, "params": params}
+        return self._after(params, opt_state, None, 0.0, called=False)
+
+    @staticmethod
+    def train_step(
+        loss_fn: Callable[..., Any],
+        *,
+        fields: tuple[str, ...] = (),
+        mutable: tuple[str, ...] = (),
+        rngs: tuple[str, ...] = (),
+        has_aux: bool = False,
+        weighted: bool = False,
+        microbatch_size: int | None = None,
+        batch_argnums: Places = 1,
+        rng_argnums: Places = (),
+        aux: PyTree = "mean",
+        in_place: bool = True,
+    ) -> Callable[..., tuple["TrainState", Any]]:
+        """`accumax.train_step` for a state: no gradient tree.
+
+        Args:
+          loss_fn: `(params, *args, **fields) -> loss`.
+          fields: the names of fields of the state that `loss_fn` takes as keyword
+            arguments. Static, as are all that follow.
+          mutable: the same for those that it also gives anew: it returns `(loss, new)`,
+            where `new` is a mapping with exactly these names, as Flax's `apply` returns
+            it; with aux `(loss, (new, aux))`. `batch_stats` is pooled, in a window and
+            in a call; each call and microbatch gets others as the one before left them.
+          rngs: the same for fields that are PRNG keys, or trees of them. They stay in
+            the state as they are, and each call and microbatch gets keys of its own,
+            by `jax.random.fold_in` with `microstep` and with the microbatch's index.
+          has_aux, weighted, microbatch_size, rng_argnums, aux, in_place: as for
+            `accumax.train_step`.
+          batch_argnums: also says, if `batch_stats` is mutable, where the rows are by
+            whose number it is weighed.
+
+        Returns:
+          `step(state, *args, **extra_args) -> (state, loss)`, or `(state, (loss,
+          aux))`. Jit it with `donate_argnums=0`. `extra_args` as for
+          `accumax.train_step`: `weight`, `flush`, and what the optimizer takes.
+
+        Raises:
+          TypeError, ValueError: as `accumax.train_step`; or the state has no such
+            field, or `loss_fn` does not return what is mutable.
+
+        >>> import accumax.linen, jax, optax
+        >>> import flax.linen as nn
+        >>> import jax.numpy as jnp
+        >>> class TrainState(accumax.linen.TrainState):
+        ...     batch_stats: dict
+        >>> model = nn.Sequential([nn.Dense(3), nn.BatchNorm(False, momentum=0.9)])
+        >>> x = jnp.arange(8.0).reshape(4, 2)
+        >>> state = TrainState.create(
+        ...     apply_fn=model.apply,
+        ...     tx=optax.sgd(0.1),
+        ...     every=2,
+        ...     momentum=0.9,
+        ...     **model.init(jax.random.key(0), x),
+        ... )
+        >>> def loss_fn(params, x, batch_stats):
+        ...     variables = {"params": params, "batch_stats": batch_stats}
+        ...     y, new = model.apply(variables, x, mutable=["batch_stats"])
+        ...     return jnp.mean((y - 1) ** 2), new
+        >>> step = TrainState.train_step(loss_fn, mutable=("batch_stats",))
+        >>> step = jax.jit(step, donate_argnums=0)
+        >>> for i in range(2):
+        ...     state, loss = step(state, x[2 * i : 2 * i + 2])
+        >>> print(state.step, state.microstep)
+        1 2
+        """
+        if not callable(loss_fn):
+            raise TypeError(f"{loss_fn=} must be a function (params, *args) -> loss.")
+        read, kept, keys = check_names(fields=fields, mutable=mutable, rngs=rngs)
+        pooled = STATISTICS in kept
+        places = check_places("batch_argnums", batch_argnums)
+        options = {"microbatch_size": microbatch_size, "rng_argnums": rng_argnums}
+        options |= {"weighted": weighted, "aux": aux, "in_place": in_place}
+        if microbatch_size is not None or not pooled:
+            options["batch_argnums"] = batch_argnums
+        else:  # there it is for the rows alone
+            options["batch_argnums"] = 1
+
+        def step(state: Any, *args: Any, **extra_args: Any) -> tuple["TrainState", Any]:
+            _check_fields(state, (*read, *kept, *keys))
+            if _has_overwritten(state.params):
+                raise TypeError(
+                    f"state.params has {OVERWRITE_WITH_GRADIENT!r}, whose gradients "
+                    "are new values and not to be added up. Use apply_gradients."
+                )
+            own = {name: getattr(state, name) for name in (*read, *keys)}
+            for name in keys:
+                own[name] = fold_in(own[name], state.microstep)
+            statistics = getattr(state, STATISTICS) if pooled else {}
+            if pooled:
+                state._check(statistics)
+
+            def run(rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+                others, i = rest
+                here = own | others | ({STATISTICS: statistics} if pooled else {})
+                if microbatch_size is not None:
+                    here |= {name: fold_in(own[name], i) for name in keys}
+                out = loss_fn(*args, **kwargs, **here)
+                form = has_aux or bool(kept)
+                loss = _loss.read(out, has_aux=form, weighted=weighted)
+                new, aux = _loss.split_aux(loss.aux, kept, has_aux)
+                others = {name: new[name] for name in others}
+                loss = loss._replace(aux=aux)
+                return loss, new[STATISTICS] if pooled else {}, (others, i + 1)
+
+            rest = {n: getattr(state, n) for n in kept if n != STATISTICS}
+            handing = Handing(statistics, (rest, jnp.zeros((), jnp.int32)), run)
+            carrying, first = handing.carrying(loss_fn, places)
+            core = core_step(carrying, state.tx, has_aux=has_aux, **options)
+            params, opt_state, (loss, (carried, rest)) = core(
+                state.params, state.opt_state, first, *args, **extra_args
+            )
+            accepted = opt_state.skipped == state.opt_state.skipped
+            momenta = state.momentum if pooled else ()
+            statistics, (new, _), rows = handing.settle(carried, momenta, accepted)
+            state = state._after(
+                params,
+                opt_state,
+                statistics if pooled else None,
+                rows,
+                called=True,
+                **new,
+            )
+            return state, ((loss, rest) if has_aux else loss)
+
+        return step
+
+    def _check(self, statistics: PyTree) -> None:
+        if statistics is None:
+            return
+        if self.pool is None:
+            raise ValueError(
+                f"This state pools no {STATISTICS}. Pass {STATISTICS}=... and "
+                "momentum=... to TrainState.create."
+            )
+        numerics.check_same(STATISTICS, statistics, getattr(self, STATISTICS))
+
+    def _after(
+        self,
+        params: PyTree,
+        opt_state: AccumulateState,
+        statistics: PyTree,
+        rows: ArrayLike,
+        *,
+        called: bool,
+        **kwargs: Any,
+    ) -> "TrainState":
+        """The state after a call, or a flush, that gave these."""
+        if self.pool is not None:
+            kwargs["pool"], kwargs[STATISTICS] = _statistics.after_call(
+                self.pool,
+                getattr(self, STATISTICS),
+                self.momentum,
+                (statistics, rows),
+                before=cast(AccumulateState, self.opt_state),
+                after=opt_state,
+            )
+        count = optax.safe_increment
+        return self.replace(
+            step=jnp.where(opt_state.emitted, count(self.step), self.step),
+            microstep=count(self.microstep) if called else self.microstep,
+            params=params,
+            opt_state=opt_state,
+            **kwargs,
+        )
+
+
+def _check_fields(state: Any, names: tuple[str, ...]) -> None:
+    if not isinstance(state, TrainState):
+        raise TypeError(
+            f"The step was called with a {type(state).__name__}; expected an "
+            "accumax.linen.TrainState."
+        )
+    for name in names:
+        if name in TrainState.__dataclass_fields__ or not hasattr(state, name):
+            raise ValueError(
+                f"{name!r} is not a field that a subclass added to the state, a "
+                f"{type(state).__name__}. Add it: `class State(accumax.linen."
+                f"TrainState): {name}: Any`."
+            )
+
+
+def _has_overwritten(params: PyTree) -> bool:
+    return isinstance(params, Mapping) and OVERWRITE_WITH_GRADIENT in params
+
+
+def _optimized(params: PyTree) -> PyTree:
+    return params["params"] if _has_overwritten(params) else params

@@ -1,0 +1,399 @@
+"""Flax NNX: optimizer, gradient and step for modules. Needs `accumax[flax]`."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from . import _loss, _microbatch, _statistics
+from ._accumulate import accumulating, flush
+from ._arguments import Place, Places, at, check_argnums, check_places
+from ._ema import ema as ema
+from ._handing import Handing
+from ._train_step import apply_gradients
+from ._train_step import train_step as core_step
+from ._types import ArrayLike, PyTree, Schedule
+from ._window import AccumulateState
+
+
+class Optimizer(nnx.Optimizer):
+    """`nnx.Optimizer` with windows of several calls.
+
+    The model's `BatchStat` is pooled, wherever the gradients come from: after a call
+    within a window it is again what it was, and when the window closes it has one
+    update, with the mean and the variance of all rows. (What a layer normalises with is
+    still its microbatch.) Load a model's weights before you make its optimizer.
+
+    Attributes:
+      step, microstep: () uint32, the gradient steps and the calls so far.
+      tx, opt_state, wrt: as those of `nnx.Optimizer`.
+      pool: the open window's running statistics, None for a model without.
+      statistics: those that the window found.
+
+    >>> import accumax.nnx, jax, optax
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    >>> optimizer = accumax.nnx.Optimizer(
+    ...     model, optax.adam(1e-3), wrt=nnx.Param, every=2  # the line that changes
+    ... )
+    >>> def loss_fn(model):
+    ...     return jnp.mean(model(jnp.ones((4, 2))) ** 2)
+    >>> for _ in range(4):
+    ...     optimizer.update(model, nnx.grad(loss_fn)(model))
+    >>> print(optimizer.step[...], optimizer.microstep[...])
+    2 4
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tx: optax.GradientTransformation,
+        *,
+        wrt: Any,
+        every: int | Schedule | None = None,
+    ):
+        """An optimizer at step 0.
+
+        Args:
+          model: the module.
+          tx, every: an optimizer, and the calls in a window (or a schedule for it) for
+            an `accumax.accumulate` around it; or an `accumulate`, outermost.
+          wrt: the filter of the variables to optimize, such as `nnx.Param`.
+
+        Raises:
+          TypeError: `tx` is no `accumulate`, and `every` is not given.
+          ValueError: it is one, and `every` is given; the model has no variable for
+            `wrt`; or the module of a running mean and variance has no `momentum`.
+        """
+        tx = accumulating(tx, every, "nnx.Optimizer")
+        _check_some(nnx.state(model, wrt), model, wrt)
+        statistics = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+        _momenta(model, statistics)
+        super().__init__(model, tx, wrt=wrt)
+        self.microstep = nnx.OptState(jnp.zeros((), jnp.uint32))
+        self.pool = self.statistics = None
+        if jax.tree.leaves(statistics):
+            # A copy, because a buffer that two variables hold cannot be donated.
+            statistics = jax.tree.map(jnp.array, statistics)
+            pool = _statistics.begin(statistics)
+            self.pool = nnx.data(jax.tree.map(nnx.OptArray, pool))
+            self.statistics = nnx.data(jax.tree.map(nnx.OptArray, statistics))
+
+    def update(
+        self,
+        model: Any,
+        grads: Any,
+        /,
+        *,
+        weight: ArrayLike = 1.0,
+        flush: ArrayLike = False,
+        **kwargs: Any,
+    ) -> Any:
+        """One more gradient, in place; no updates are built, and so none returned.
+
+        Args:
+          model, grads: the module, and the gradient of one microbatch as of `nnx.grad`.
+          weight: () float, the items (examples, tokens) that it stands for, and the
+            rows that the model's `BatchStat` has seen.
+          flush: () bool, close the window with this call.
+          **kwargs: what the optimizer takes, such as `value=loss`.
+
+        Raises:
+          TypeError, ValueError: as `accumax.apply_gradients`.
+        """
+        before = nnx.as_pure(self.opt_state)
+        params, after = apply_gradients(
+            self.tx,
+            nnx.as_pure(nnx.state(model, self.wrt)),
+            before,
+            nnx.as_pure(nnx.state(grads, self.wrt)),
+            weight=weight,
+            flush=flush,
+            **nnx.as_pure(kwargs),
+        )
+        self._after(model, params, after, weight)
+
+    def flush(self, model: Any, **kwargs: Any) -> None:
+        """Closes an open window as `accumax.flush` does, whose `kwargs` these are."""
+        before = nnx.as_pure(self.opt_state)
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        params, after = flush(self.tx, params, before, **nnx.as_pure(kwargs))
+        self._after(model, params, after, None)
+
+    def _after(
+        self,
+        model: Any,
+        params: PyTree,
+        after: AccumulateState,
+        rows: ArrayLike | None,
+    ) -> None:
+        """Writes what a call of `rows` rows gave; a flush if None."""
+        before, count = nnx.as_pure(self.opt_state), optax.safe_increment
+        _write(model, params)
+        _write(self.opt_state, after)
+        step, microstep = self.step[...], self.microstep[...]
+        self.step[...] = jnp.where(after.emitted, count(step), step)
+        self.microstep[...] = microstep if rows is None else count(microstep)
+        if self.pool is None:
+            return
+        new = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+        pool, statistics = _statistics.after_call(
+            *nnx.as_pure((self.pool, self.statistics)),
+            _momenta(model, new),
+            (None, 0) if rows is None else (new, rows),
+            before=before,
+            after=after,
+        )
+        _write(self.pool, pool)
+        for variables in (model, self.statistics):
+            _write(variables, statistics)
+
+
+def train_step(
+    loss_fn: Callable[..., Any],
+    *,
+    has_aux: bool = False,
+    weighted: bool = False,
+    microbatch_size: int | None = None,
+    batch_argnums: Places = 1,
+    **options: Any,
+) -> Callable[..., Any]:
+    """`accumax.train_step` for modules: no gradient tree.
+
+    `BatchStat` is pooled, in a window and in a call. All else that the loss changes in
+    its modules, such as the counts of their `Rngs`, is handed from call to call and
+    from microbatch to microbatch, so that each has dropout masks of its own. A call
+    that is refused (`nonfinite`) leaves it as it was.
+
+    Args:
+      loss_fn: `(model, *args) -> loss`; other arguments may be or hold modules too, or
+        `nnx.Rngs`. They must keep their structure.
+      has_aux, weighted, microbatch_size, **options: as for `accumax.train_step`:
+        `rng_argnums`, `aux` and `in_place`. Static, as is `batch_argnums`.
+      batch_argnums: says also, if there is a `BatchStat`, where the rows are by whose
+        number it is weighed.
+
+    Returns:
+      `step(model, optimizer, *args, **extra_args) -> loss`, or `(loss, aux)`, which
+      changes the modules and the `accumax.nnx.Optimizer` in place, within `nnx.jit`, or
+      within `jax.jit` with `nnx.split` and `nnx.merge`. `extra_args` as for
+      `accumax.train_step`, and it raises what that does.
+
+    >>> import accumax.nnx, optax
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> rngs = nnx.Rngs(0)
+    >>> model = nnx.Sequential(nnx.BatchNorm(2, rngs=rngs), nnx.Linear(2, 1, rngs=rngs))
+    >>> optimizer = accumax.nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param, every=2)
+    >>> step = accumax.nnx.train_step(lambda model, x: jnp.mean((model(x) - 1) ** 2))
+    >>> step = nnx.jit(step, donate_argnums=(0, 1))
+    >>> x = jnp.arange(8.0).reshape(4, 2)
+    >>> for i in range(2):
+    ...     loss = step(model, optimizer, x[2 * i : 2 * i + 2])
+    >>> print(model.layers[0].mean[...])  # 0.99 * 0 + 0.01 * the mean of all four
+    [0.03 0.04]
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"{loss_fn=} must be a function (model, *args) -> loss.")
+    places = check_places("batch_argnums", batch_argnums)
+
+    def step(model: Any, optimizer: Any, *args: Any, **extra_args: Any) -> Any:
+        if not isinstance(optimizer, Optimizer):
+            kind = type(optimizer).__name__
+            raise TypeError(f"optimizer is a {kind}, not an accumax.nnx.Optimizer.")
+        modules = _Modules((model, *args), {}, {0: optimizer.wrt})
+        handing = modules.handing(loss_fn, has_aux, weighted)
+        carrying, first = handing.carrying(loss_fn, places)
+        divided = microbatch_size is not None or not handing.pools
+        run = core_step(
+            carrying,
+            optimizer.tx,
+            has_aux=has_aux,
+            weighted=weighted,
+            microbatch_size=microbatch_size,
+            # Without microbatches it says where the rows are, and no more.
+            batch_argnums=batch_argnums if divided else 1,
+            **options,
+        )
+        before = nnx.as_pure(optimizer.opt_state)
+        params, *others = modules.args
+        params, after, (loss, (carried, rest)) = run(
+            nnx.as_pure(params), before, first, *others, **extra_args
+        )
+        if optimizer.pool is not None:  # the model's may have been loaded
+            _write(optimizer.statistics, nnx.state(model, nnx.BatchStat))
+        rows = modules.write(handing, carried, before.skipped == after.skipped)
+        optimizer._after(model, params, after, rows)
+        return (loss, rest) if has_aux else loss
+
+    return step
+
+
+def value_and_grad(
+    f: Callable[..., Any],
+    *,
+    argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
+    has_aux: bool = False,
+    weighted: bool = False,
+    batch_argnums: Places = 1,
+    **options: Any,
+) -> Callable[..., tuple[Any, PyTree]]:
+    """`nnx.value_and_grad` of the whole batch, at the memory of one microbatch.
+
+    `BatchStat` has one update for the batch, with the mean and the variance of all its
+    rows. All else that the loss changes in its modules, such as the counts of their
+    `Rngs`, is handed from microbatch to microbatch, so that each has dropout masks of
+    its own.
+
+    Args:
+      f: `(model, *args) -> loss`, as for `train_step`.
+      argnums: as for `nnx.value_and_grad`: the positions of what is differentiated; of
+        modules their `nnx.Param`, or what the filter of an `nnx.DiffState` says.
+      has_aux, weighted, batch_argnums, **options: as for `accumax.value_and_grad`,
+        such as `microbatch_size`.
+
+    Returns:
+      A function of the arguments of `f` that returns `(value, gradient)`, with aux
+      `((value, aux), gradient)`, and raises what `accumax.value_and_grad` does; the
+      gradient of a module is an `nnx.State`.
+
+    >>> import accumax.nnx
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    >>> def loss_fn(model, x):
+    ...     return jnp.mean((model(x) - 1) ** 2)
+    >>> f = nnx.jit(accumax.nnx.value_and_grad(loss_fn, microbatch_size=2))
+    >>> x = jnp.arange(12.0).reshape(6, 2)
+    >>> loss, grads = f(model, x)
+    >>> print(abs(loss - loss_fn(model, x)) < 1e-5, *grads)
+    True bias kernel
+    """
+    if not callable(f):
+        raise TypeError(f"{f=} must be a function (model, *args) -> loss.")
+    places = check_places("batch_argnums", batch_argnums)
+    several = isinstance(argnums, Sequence)
+    states = [
+        x if isinstance(x, nnx.DiffState) else nnx.DiffState(x, nnx.Param)
+        for x in (argnums if several else (argnums,))
+    ]
+    positions = check_argnums([x.argnum for x in states])
+    core = functools.partial(
+        _microbatch.value_and_grad,
+        has_aux=has_aux,
+        weighted=weighted,
+        batch_argnums=batch_argnums,
+        **options,
+    )
+    core(f, positions)  # checks the options
+
+    @functools.wraps(f)
+    def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        live = at(positions, args)
+        wrt = {n: x.filter for n, x in zip(live, states, strict=True)}
+        modules = _Modules(args, kwargs, wrt)
+        handing = modules.handing(f, has_aux, weighted)
+        carrying, first = handing.carrying(f, places)
+        run = core(carrying, live if several else live[0])
+        carried, result = run(first, *modules.args, **modules.kwargs)
+        modules.write(handing, carried, True)
+        return result
+
+    return value_and_grad_fun
+
+
+class _Modules:
+    """The modules among the arguments of a call, taken apart.
+
+    In `args` and `kwargs` they are the state of what is differentiated, or None.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any], wrt: dict[int, Any]):
+        call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
+        self.places = [place for place in call if _holds_module(call[place])]
+        self.nodes = tuple(call[place] for place in self.places)
+        self.live = [place for place in self.places if place in wrt]
+        self.filters = [
+            _under(self.places.index(place), wrt[place]) for place in self.live
+        ]
+        self.graphdef, *lives, statistics, rest = nnx.split(
+            self.nodes, *self.filters, nnx.BatchStat, ...
+        )
+        for place in self.places:
+            call[place] = None
+        for place, state in zip(self.live, lives, strict=True):
+            i = self.places.index(place)
+            _check_some(state, self.nodes[i], wrt[place])
+            call[place] = state[i]
+        self.args = tuple(call[n] for n in range(len(args)))
+        self.kwargs = {name: call[name] for name in kwargs}
+        self.statistics, self.rest = nnx.as_pure(statistics), nnx.as_pure(rest)
+
+    def handing(
+        self, fun: Callable[..., Any], has_aux: bool, weighted: bool
+    ) -> Handing:
+        """`fun` as a function of `args`, `kwargs` and the state of the modules."""
+
+        def run(rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+            call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
+            lives = [nnx.State({self.places.index(n): call[n]}) for n in self.live]
+            nodes = nnx.merge(self.graphdef, *lives, self.statistics, rest)
+            call |= dict(zip(self.places, nodes, strict=True))
+            args = tuple(call[n] for n in range(len(args)))
+            out = fun(*args, **{name: call[name] for name in kwargs})
+            _, *_, statistics, rest = nnx.split(
+                nodes, *self.filters, nnx.BatchStat, ...
+            )
+            loss = _loss.read(out, has_aux=has_aux, weighted=weighted)
+            return loss, nnx.as_pure(statistics), nnx.as_pure(rest)
+
+        return Handing(self.statistics, self.rest, run)
+
+    def write(self, handing: Handing, carried: Any, accepted: Any) -> jax.Array:
+        """Writes what the last microbatch handed on, and returns the rows of all."""
+        momenta = _momenta(self.nodes, self.statistics)
+        statistics, rest, rows = handing.settle(carried, momenta, accepted)
+        nnx.update(self.nodes, statistics, rest)
+        return rows
+
+
+def _holds_module(x: Any) -> bool:
+    kinds = (nnx.Pytree, nnx.Variable)
+    leaves = jax.tree.leaves(x, is_leaf=lambda x: isinstance(x, kinds))
+    return any(isinstance(leaf, kinds) for leaf in leaves)
+
+
+def _under(i: int, wrt: Any) -> Callable[[tuple, Any], bool]:
+    """The filter `wrt` for what is at the place i of a tuple."""
+    within = nnx.filterlib.to_predicate(wrt)
+    return lambda path, x: path[0] == i and within(path[1:], x)
+
+
+def _check_some(state: Any, module: Any, wrt: Any) -> None:
+    if not jax.tree.leaves(state):
+        variables = nnx.to_flat_state(nnx.state(module))
+        kinds = sorted({type(x).__name__ for _, x in variables})
+        raise ValueError(
+            f"{type(module).__name__} has no variable for {wrt}, only of the kinds "
+            f"{kinds}. Pass the filter of what to differentiate, such as nnx.Param."
+        )
+
+
+def _momenta(nodes: Any, statistics: PyTree) -> tuple[float, ...]:
+    """What the modules of the running statistics have for a momentum."""
+    modules = {tuple(map(str, path)): x for path, x in nnx.iter_graph(nodes)}
+    remedy = "Give that module an attribute `momentum`, as nnx.BatchNorm has"
+
+    def momentum(path: tuple[str, ...]) -> Any:
+        return getattr(modules.get(path), "momentum", None)
+
+    return _statistics.check_momenta(statistics, momentum, "The model", remedy)
+
+
+def _write(variables: PyTree, values: PyTree) -> None:
+    nnx.update(variables, nnx.state(values))

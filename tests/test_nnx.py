@@ -1,0 +1,495 @@
+"""`accumax.nnx` against Flax's own optimizer and gradient on the whole batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import nets
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from problems import distance, same_bits
+
+import accumax.nnx
+
+INNER = optax.chain(
+    optax.clip_by_global_norm(0.5),
+    optax.adamw(optax.linear_schedule(0.05, 0.01, 3), eps=1e-3, weight_decay=0.1),
+)
+
+
+def loss_fn(model, batch):
+    return jnp.mean(jnp.sum((model(batch["x"]) - batch["y"]) ** 2, axis=-1))
+
+
+def weighted_loss_fn(model, batch):
+    each = jnp.sum((model(batch["x"]) - batch["y"]) ** 2, axis=-1)
+    return each.sum(), jnp.float32(len(each))
+
+
+def net(**options):
+    return nets.NNX(nnx.Rngs(0), **options)
+
+
+def optimizer_of(model, tx=INNER, every=3, **options):
+    return accumax.nnx.Optimizer(
+        model, tx, **{"wrt": nnx.Param, "every": every} | options
+    )
+
+
+def pure(module, *filters):
+    """The values of a module, typed keys as numbers."""
+    state = nnx.to_pure_dict(nnx.state(module, *filters))
+
+    def number(x):
+        key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return jax.random.key_data(x) if key else x
+
+    return jax.tree.map(number, state)
+
+
+def by_update(model, optimizer, batches):
+    @nnx.jit
+    def step(model, optimizer, batch):
+        optimizer.update(model, nnx.grad(loss_fn)(model, batch))
+
+    for batch in batches:
+        step(model, optimizer, batch)
+
+
+def by_train_step(model, optimizer, batches, **options):
+    step = nnx.jit(accumax.nnx.train_step(loss_fn, **options))
+    for batch in batches:
+        step(model, optimizer, batch)
+
+
+def by_jax_jit(model, optimizer, batches):
+    graphdef, state = nnx.split((model, optimizer))
+    step = accumax.nnx.train_step(loss_fn)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state, batch):
+        both = nnx.merge(graphdef, state)
+        step(*both, batch)
+        return nnx.state(both)
+
+    state = jax.tree.map(jnp.copy, state)
+    for batch in batches:
+        state = run(state, batch)
+    nnx.update((model, optimizer), state)
+
+
+FORMS = {
+    "update": by_update,
+    "train_step": by_train_step,
+    "microbatches": functools.partial(by_train_step, microbatch_size=4),
+    "carried": functools.partial(by_train_step, microbatch_size=4, in_place=False),
+    "jax.jit": by_jax_jit,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_are_those_of_the_big_batch(form):
+    batches = [nets.rows(24, seed) for seed in range(4)]
+    calls = [nets.part(b, 8 * i, 8 * i + 8) for b in batches for i in range(3)]
+    model, big = net(normalises=False), net(normalises=False)
+    optimizer = optimizer_of(model)
+    FORMS[form](model, optimizer, calls)
+    whole = nnx.Optimizer(big, INNER, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        optimizer.update(model, nnx.grad(loss_fn)(model, batch))
+
+    for batch in batches:
+        step(big, whole, batch)
+    got, want = pure(model, nnx.Param), pure(big, nnx.Param)
+    assert distance(got, want) < 2e-6
+    assert distance(got, pure(net(normalises=False), nnx.Param)) > 0.05
+    assert (optimizer.step[...], optimizer.microstep[...]) == (4, 12)
+    assert optimizer.step[...] == whole.step[...]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("ends", [(8, 16, 24), (3, 13, 24)], ids=["even", "uneven"])
+def test_statistics_are_those_of_the_whole_window(form, ends):
+    if form == "update" and ends[0] == 3:
+        ends = (8, 16, 24)  # it is told weights; see below
+    model, batch = net(), nets.rows(24)
+    optimizer = optimizer_of(model)
+    params = pure(model, nnx.Param)
+    parts = [nets.part(batch, i, j) for i, j in zip((0, *ends[:-1]), ends, strict=True)]
+    FORMS[form](model, optimizer, parts[:2])
+    # Within the window they are as they were, for an evaluation too.
+    assert same_bits(pure(model, nnx.BatchStat), pure(net(), nnx.BatchStat))
+    FORMS[form](model, optimizer, parts[2:])
+    if "size" in str(getattr(FORMS[form], "keywords", "")):
+        parts = [part for rows in parts for part in divided(rows, 4)]
+    want = nets.window_statistics(params, parts)
+    assert nets.near(pure(model, nnx.BatchStat), want)
+    assert optimizer.step[...] == 1
+
+
+def divided(rows, size):
+    """Microbatch i of k has rows i, k + i, ...; the smaller one has the last ones."""
+    n = len(rows["x"])
+    size = min(size, n)
+    k = n // size
+    every_kth = [
+        jax.tree.map(lambda x, i=i: x[i : k * size : k], rows) for i in range(k)
+    ]
+    return every_kth + ([nets.part(rows, k * size, n)] if n % size else [])
+
+
+def test_all_forms_agree_to_the_bit():
+    batch = nets.rows(24)
+    results = []
+    for form in ("update", "train_step", "jax.jit"):
+        model = net()
+        optimizer = optimizer_of(model)
+        parts = [nets.part(batch, 8 * i, 8 * i + 8) for i in range(3)] * 2
+        FORMS[form](model, optimizer, parts)
+        results.append((pure(model), pure(optimizer)))
+    for result in results[1:]:
+        assert same_bits(result[0], results[0][0])
+        ours = dict(result[1]), dict(results[0][1])
+        # The pool's weight is in rows here, and in calls there.
+        assert same_bits(*(x.pop("opt_state") for x in ours))
+
+
+def test_value_and_grad_is_that_of_the_whole_batch():
+    batch = nets.rows(24)
+    model, big = net(normalises=False), net(normalises=False)
+    options = {"microbatch_size": 5}
+    for loss, more in ((loss_fn, {}), (weighted_loss_fn, {"weighted": True})):
+        f = nnx.jit(accumax.nnx.value_and_grad(loss, **options, **more))
+        value, grads = f(model, batch)
+        want, want_grads = nnx.value_and_grad(loss_fn)(big, batch)
+        assert abs(value - want) < 1e-5
+        assert jax.tree.structure(grads) == jax.tree.structure(want_grads)
+        assert distance(nnx.as_pure(grads), nnx.as_pure(want_grads)) < 1e-5
+        # An optimizer of Flax takes it.
+        nnx.Optimizer(model, optax.set_to_zero(), wrt=nnx.Param).update(model, grads)
+
+
+def test_value_and_grad_moves_the_statistics_once():
+    model, batch = net(), nets.rows(24)
+    params = pure(model, nnx.Param)
+    f = nnx.jit(accumax.nnx.value_and_grad(loss_fn, microbatch_size=5))
+    f(model, batch)
+    want = nets.window_statistics(params, divided(batch, 5))
+    assert nets.near(pure(model, nnx.BatchStat), want)
+    assert model.calls[...] == 5  # what is no statistic is handed on
+    # And an optimizer that accumulates pools what calls of it give.
+    model = net()
+    optimizer = optimizer_of(model, every=2)
+
+    @nnx.jit
+    def step(model, optimizer, rows):
+        _, grads = f(model, rows)
+        optimizer.update(model, grads, weight=len(rows["x"]))
+
+    parts = [nets.part(batch, 0, 7), nets.part(batch, 7, 24)]
+    for rows in parts:
+        step(model, optimizer, rows)
+    parts = [part for rows in parts for part in divided(rows, 5)]
+    assert nets.near(pure(model, nnx.BatchStat), nets.window_statistics(params, parts))
+
+
+@pytest.mark.parametrize("form", ["value_and_grad", "train_step", "update"])
+def test_every_microbatch_has_a_mask_of_its_own(form):
+    class Masks(nnx.Module):
+        def __init__(self, rngs):
+            self.w = nnx.Param(jnp.ones(()))
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def loss(model, x):
+        mask = model.dropout(jnp.ones((1, 64)))
+        return jnp.mean(x) * model.w[...], mask
+
+    model, seen = Masks(nnx.Rngs(0)), []
+    optimizer = optimizer_of(model, optax.sgd(0.0), every=2)
+    options = {"has_aux": True, "microbatch_size": 2, "aux": "concat"}
+
+    def loss_many(model, x):
+        value, mask = loss(model, x)
+        return value, jnp.repeat(mask, len(x), axis=0)
+
+    for _ in range(3):
+        x = jnp.ones((8, 1))
+        if form == "update":
+            f = nnx.jit(nnx.value_and_grad(loss, has_aux=True))
+            (_, mask), grads = f(model, x)
+            optimizer.update(model, grads)
+        elif form == "train_step":
+            step = nnx.jit(accumax.nnx.train_step(loss_many, **options))
+            _, mask = step(model, optimizer, x)
+        else:
+            f = nnx.jit(accumax.nnx.value_and_grad(loss_many, **options))
+            (_, mask), _ = f(model, x)
+        seen += [row.tobytes() for row in np.asarray(mask)]
+    assert len(set(seen)) == (3 if form == "update" else 12)
+
+
+def test_rngs_that_are_an_argument_advance_too():
+    def loss(model, rngs, x):
+        return jnp.mean(model(x) * rngs.noise.normal(()))
+
+    model, rngs, x = nnx.Linear(2, 1, rngs=nnx.Rngs(0)), nnx.Rngs(3), jnp.ones((6, 2))
+    f = nnx.jit(accumax.nnx.value_and_grad(loss, microbatch_size=2, batch_argnums=2))
+    f(model, rngs, x)
+    assert rngs.default.count[...] == 3
+    optimizer = optimizer_of(model, every=2)
+    step = accumax.nnx.train_step(loss, batch_argnums=2, microbatch_size=2)
+    nnx.jit(step)(model, optimizer, rngs, x)
+    assert rngs.default.count[...] == 6
+
+
+def test_the_filter_says_what_is_differentiated():
+    model, batch = net(normalises=False), nets.rows(24)
+    wrt = nnx.All(nnx.Param, nnx.PathContains("out"))
+    f = accumax.nnx.value_and_grad(
+        loss_fn, argnums=nnx.DiffState(0, wrt), microbatches=3
+    )
+    _, grads = nnx.jit(f)(model, batch)
+    _, want = nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, wrt))(model, batch)
+    assert jax.tree.structure(grads) == jax.tree.structure(want)
+    assert distance(nnx.as_pure(grads), nnx.as_pure(want)) < 1e-5
+    before = pure(model)
+    optimizer = optimizer_of(model, every=1, wrt=wrt)
+    nnx.jit(accumax.nnx.train_step(loss_fn))(model, optimizer, batch)
+    after = pure(model)
+    assert same_bits(before["hidden"], after["hidden"])
+    assert distance(before["out"], after["out"]) > 0.01
+
+
+def test_two_modules_and_an_array_are_differentiated():
+    a, b = nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(1))
+    batch, scale = nets.rows(24), jnp.float32(2)
+
+    def loss(a, b, scale, batch):
+        return jnp.mean((b(jnp.tanh(a(batch["x"]))) * scale - batch["y"]) ** 2)
+
+    options = {"argnums": (1, 0, 2)}
+    f = accumax.nnx.value_and_grad(loss, **options, microbatch_size=7, batch_argnums=3)
+    value, grads = nnx.jit(f)(a, b, scale, batch)
+    want, want_grads = nnx.value_and_grad(loss, **options)(a, b, scale, batch)
+    assert abs(value - want) < 1e-5
+    assert distance(nnx.as_pure(grads), nnx.as_pure(want_grads)) < 1e-5
+
+
+def test_a_teacher_is_an_argument_like_any_other():
+    model, teacher = net(normalises=False), net()
+    batch = nets.rows(24)
+
+    def loss(model, teacher, batch):
+        return jnp.mean((model(batch["x"]) - teacher(batch["x"])) ** 2)
+
+    optimizer = optimizer_of(model, every=1)
+    before = pure(teacher, nnx.Param)
+    step = accumax.nnx.train_step(loss, batch_argnums=2, microbatch_size=8)
+    nnx.jit(step)(model, optimizer, teacher, batch)
+    assert same_bits(before, pure(teacher, nnx.Param))
+    # It runs in training mode, so its statistics move: once, for all rows.
+    want = nets.window_statistics(before, divided(batch, 8))
+    assert nets.near(pure(teacher, nnx.BatchStat), want)
+
+
+def test_flush_closes_a_window():
+    model, batch = net(), nets.rows(24)
+    optimizer = optimizer_of(model, every=8)
+    params, parts = pure(model, nnx.Param), [nets.part(batch, 0, 24)]
+    by_update(model, optimizer, parts)
+    assert optimizer.step[...] == 0
+    nnx.jit(lambda model, optimizer: optimizer.flush(model))(model, optimizer)
+    assert (optimizer.step[...], optimizer.microstep[...]) == (1, 1)
+    assert nets.near(pure(model, nnx.BatchStat), nets.window_statistics(params, parts))
+    before = pure((model, optimizer.opt_state))
+    optimizer.flush(model)
+    assert same_bits(before[0], pure((model, optimizer.opt_state))[0])
+
+
+def test_update_is_told_weights_and_what_the_optimizer_takes():
+    tx = accumax.accumulate(
+        optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+        2,
+        averaged_args=("value",),
+    )
+    model = nnx.Linear(1, 1, use_bias=False, rngs=nnx.Rngs(0))
+    optimizer = optimizer_of(model, tx, every=None)
+    start = model.kernel[...]
+    for weight, value in ((1, 1.0), (3, 3.0)):
+        grads = nnx.grad(lambda m, v=value: v * jnp.sum(m.kernel[...]))(model)
+        optimizer.update(model, grads, weight=weight, value=value)
+    np.testing.assert_allclose(model.kernel[...], start - 0.1 * 2.5, rtol=1e-6)
+    best = optax.tree.get(nnx.as_pure(optimizer.opt_state), "best_value")
+    assert best == 2.5
+
+
+@pytest.mark.parametrize("form", ["update", "train_step"])
+def test_a_call_that_is_refused_leaves_no_statistics(form):
+    model, batch = net(), nets.rows(24)
+    tx = accumax.accumulate(INNER, 2, nonfinite="skip")
+    optimizer = optimizer_of(model, tx, every=None)
+    params = pure(model, nnx.Param)
+    parts = [nets.part(batch, 0, 12), nets.part(batch, 12, 24)]
+    bad = jax.tree.map(lambda x: np.full_like(x, np.nan), parts[0])
+    FORMS[form](model, optimizer, [parts[0], bad, parts[1]])
+    assert (optimizer.step[...], optimizer.microstep[...]) == (1, 3)
+    want = nets.window_statistics(params, parts)
+    assert nets.near(pure(model, nnx.BatchStat), want)
+    # The step undoes what it did; a gradient of the user's own is not ours to undo.
+    assert model.calls[...] == (2 if form == "train_step" else 3)
+
+
+def test_statistics_that_were_loaded_are_what_a_window_finds():
+    model, batch = net(), nets.rows(24)
+    optimizer = optimizer_of(model, every=2)
+    nnx.update(model, jax.tree.map(lambda x: x + 1, nnx.state(model, nnx.BatchStat)))
+    by_train_step(model, optimizer, [nets.part(batch, 0, 12), nets.part(batch, 12, 24)])
+    x = np.asarray(batch["x"], np.float64)
+    want = nets.MOMENTUM * 1 + (1 - nets.MOMENTUM) * x.mean(0)
+    np.testing.assert_allclose(model.first.mean[...], want, rtol=1e-5)
+
+
+def test_a_model_that_is_evaluated_keeps_its_statistics():
+    model, batch = net(), nets.rows(24)
+    optimizer = optimizer_of(model, every=2)
+    model.eval()
+    by_train_step(model, optimizer, [nets.part(batch, 0, 12), nets.part(batch, 12, 24)])
+    assert optimizer.step[...] == 1
+    assert same_bits(pure(model, nnx.BatchStat), pure(net(), nnx.BatchStat))
+
+
+def test_tied_weights_and_the_average():
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(3, 3, rngs=rngs)
+            self.b = self.a
+
+        def __call__(self, x):
+            return self.b(jnp.tanh(self.a(x)))[:, :2]
+
+    model, batch = Tied(nnx.Rngs(0)), nets.rows(24)
+    _, want = nnx.value_and_grad(loss_fn)(model, batch)
+    f = accumax.nnx.value_and_grad(loss_fn, microbatches=4)
+    _, grads = nnx.jit(f)(model, batch)
+    assert distance(nnx.as_pure(grads), nnx.as_pure(want)) < 1e-5
+    optimizer = optimizer_of(model, optax.sgd(0.1), every=2)
+    average = nnx.as_pure(nnx.state(model, nnx.Param))
+    average = start = jax.tree.map(jnp.copy, average)
+    for n in range(2):
+        optimizer.update(model, nnx.grad(loss_fn)(model, batch))
+        params = nnx.as_pure(nnx.state(model, nnx.Param))
+        average = accumax.nnx.ema(average, params, optimizer.opt_state, 0.9)
+        assert same_bits(average, start) == (n == 0)
+    want = jax.tree.map(lambda a, b: 0.9 * a + 0.1 * b, start, params)
+    assert distance(average, want) < 1e-6
+    assert accumax.has_updated(optimizer.opt_state)
+
+
+def test_traced_once_and_donated():
+    model, batch, traces = net(rate=0.1), nets.rows(24), []
+    optimizer = optimizer_of(model)
+
+    def loss(model, batch):
+        traces.append(1)
+        return loss_fn(model, batch)
+
+    step = nnx.jit(accumax.nnx.train_step(loss), donate_argnums=(0, 1))
+    step(model, optimizer, batch)
+    once = len(traces)
+    for _ in range(6):
+        step(model, optimizer, batch)
+    assert len(traces) == once
+    assert model.dropout.rngs.count[...] == 7
+
+
+def test_a_step_costs_what_accumax_train_step_does():
+    model = nnx.Sequential(
+        nnx.Linear(256, 256, rngs=nnx.Rngs(0)), nnx.Linear(256, 256, rngs=nnx.Rngs(1))
+    )
+    x, tx = jnp.ones((8, 256)), accumax.accumulate(optax.adamw(1e-3), 4)
+    optimizer = accumax.nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    def loss(model, x):
+        return jnp.mean(model(x) ** 2)
+
+    graphdef, state = nnx.split((model, optimizer))
+    step = accumax.nnx.train_step(loss)
+
+    def run(state, x):
+        both = nnx.merge(graphdef, state)
+        return nnx.state(both), step(*both, x)
+
+    ours = jax.jit(run, donate_argnums=0).lower(state, x).compile()
+    definition, params = nnx.split(model)
+    params = nnx.as_pure(params)
+    core = accumax.train_step(lambda p, x: loss(nnx.merge(definition, p), x), tx)
+    core = jax.jit(core, donate_argnums=(0, 1)).lower(params, tx.init(params), x)
+    ours, plain = ours.memory_analysis(), core.compile().memory_analysis()
+    assert ours.temp_size_in_bytes <= plain.temp_size_in_bytes + 1024
+    assert ours.alias_size_in_bytes >= plain.alias_size_in_bytes
+
+
+class Norm(nnx.Module):
+    def __init__(self, **attributes):
+        self.w = nnx.Param(jnp.ones(2))
+        self.mean, self.var = nnx.BatchStat(jnp.zeros(2)), nnx.BatchStat(jnp.ones(2))
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "error", "words"),
+    [
+        (net, {"every": None}, TypeError, "every=..., the calls in a window"),
+        (
+            net,
+            {"tx": accumax.accumulate(INNER, 2)},
+            ValueError,
+            "every=3 was passed with a tx that is an accumax.accumulate",
+        ),
+        (net, {"every": 0}, ValueError, "every=0"),
+        (net, {"wrt": nnx.LoRAParam}, ValueError, "NNX has no variable for"),
+        (Norm, {}, ValueError, "has an attribute|attribute `momentum`"),
+        (lambda: Norm(momentum=2.0), {}, ValueError, "not from 0 to 1"),
+    ],
+)
+def test_the_optimizer_refuses(model, options, error, words):
+    model = model()
+    with pytest.raises(error, match=words):
+        optimizer_of(model, **options)
+
+
+def test_other_bad_input_and_nothing_is_changed():
+    model, batch = net(), nets.rows(24)
+    optimizer = optimizer_of(model)
+    before = pure((model, optimizer))
+    with pytest.raises(TypeError, match="loss_fn=3"):
+        accumax.nnx.train_step(3)
+    with pytest.raises(TypeError, match="f=3"):
+        accumax.nnx.value_and_grad(3, microbatches=2)
+    with pytest.raises(ValueError, match="exactly one of microbatch_size"):
+        accumax.nnx.value_and_grad(loss_fn)
+    plain = nnx.Optimizer(model, INNER, wrt=nnx.Param)
+    with pytest.raises(TypeError, match=r"not an accumax\.nnx\.Optimizer"):
+        accumax.nnx.train_step(loss_fn)(model, plain, batch)
+    wrt = nnx.DiffState(0, nnx.LoRAParam)
+    f = accumax.nnx.value_and_grad(loss_fn, argnums=wrt, microbatches=2)
+    with pytest.raises(ValueError, match="NNX has no variable for"):
+        f(model, batch)
+    with pytest.raises(ValueError, match="batch_argnums"):
+        accumax.nnx.train_step(loss_fn, batch_argnums=4)(model, optimizer, batch)
+    with pytest.raises(ValueError, match="weight=-1"):
+        optimizer.update(model, nnx.state(model, nnx.Param), weight=-1)
+    with pytest.raises(TypeError, match="must return"):
+        accumax.nnx.train_step(loss_fn, has_aux=True)(model, optimizer, batch)
+
+    def grows(model, batch):
+        model.seen = nnx.Variable(jnp.zeros(()))
+        return loss_fn(model, batch)
+
+    with pytest.raises(ValueError, match="must stay of that structure"):
+        accumax.nnx.train_step(grows)(model, optimizer, batch)
+    assert same_bits(before, pure((model, optimizer)))
