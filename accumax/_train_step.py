@@ -127,8 +127,8 @@ def train_step(
       `step(params, opt_state, *args, **extra_args) -> (params, opt_state, loss)`, or
       `(loss, aux)` in the last place. `loss` is this call's, if weighted its mean,
       which is 0 for weight 0. `extra_args` are those of `tx.update`: `weight` (not if
-      `weighted`), `flush`, and what the inner transformation takes; `value` defaults to
-      `loss`. Arguments of `loss_fn` are passed by position. Jit it with
+      `weighted`), `flush`, and what the inner transformation takes; `value`, if it does,
+      defaults to `loss`. Arguments of `loss_fn` are passed by position. Jit it with
       `donate_argnums=(0, 1)`.
 
     Raises:
@@ -210,7 +210,9 @@ def train_step(
         else:
             loss, grads, usable = backward.add(model, args, sums.grads, first)
             sums, add = sums._replace(grads=grads), window.accumulator.tally
-        extra_args = {"value": loss.value} | extra_args
+        averaged = window.accumulator.averaged_args
+        if "value" in averaged or window.takes("value"):
+            extra_args = {"value": loss.value} | extra_args
         window.check(opt_state, extra_args)
         items = loss.weight
         if items is None:

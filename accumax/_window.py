@@ -1,6 +1,7 @@
 """A window across calls: its state, and the steps that the forms of a call share."""
 
 import dataclasses
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -166,24 +167,35 @@ class Window:
         def updates(grads: PyTree, inner_state: Any, params: PyTree) -> Any:
             return self.inner.update(grads, inner_state, params, **extra_args)
 
-        got = jax.tree.structure(inner_state)
+        got, cause = jax.tree.structure(inner_state), None
         try:
             updates, new_state = jax.eval_shape(updates, grads, inner_state, params)
+            gave = jax.tree.structure(new_state)
+            if gave == got:
+                return updates
         except Exception as error:
-            like = grads if params is None else params
-            new_state = jax.eval_shape(self.inner.init, like)
-            if jax.tree.structure(new_state) == got:
-                raise
-            cause = error
-        else:
-            cause = None
-        if jax.tree.structure(new_state) != got:
+            gave, cause = None, error
+        like = grads if params is None else params
+        want = jax.tree.structure(jax.eval_shape(self.inner.init, like))
+        if want != got:
             raise TypeError(
                 f"state.inner_opt_state is not a state of the inner transformation: it "
-                f"is {got}, where {jax.tree.structure(new_state)} was expected. Pass "
-                "what init of this accumulate gave, or its last update."
+                f"is {got}, where {want} was expected. Pass what init of this "
+                "accumulate gave, or its last update."
             ) from cause
-        return updates
+        if cause is not None:
+            raise cause
+        raise TypeError(
+            f"The inner transformation changes the structure of its own state, from "
+            f"{got} to {gave}, which no branch or loop of JAX can do. Put it around "
+            "the accumulate, or give its init what its update needs."
+        )
+
+    def takes(self, name: str) -> bool:
+        """Whether `inner` can be passed an extra argument of this name."""
+        found = inspect.signature(self.inner.update).parameters
+        kinds = [p.kind for p in found.values()]
+        return name in found or inspect.Parameter.VAR_KEYWORD in kinds
 
     def flush(
         self, params: PyTree, state: Any, extra_args: dict[str, Any]

@@ -152,7 +152,7 @@ def test_import_does_not_import_flax():
 
 def test_index_is_what_the_design_names():
     public = {name for name in vars(accumax) if not name.startswith("_")}
-    assert public == {
+    assert public - {"linen", "nnx"} == {  # those two only once they are imported
         "AccumulateState",
         "accumulate",
         "apply_gradients",
