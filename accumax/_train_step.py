@@ -127,9 +127,9 @@ def train_step(
       `step(params, opt_state, *args, **extra_args) -> (params, opt_state, loss)`, or
       `(loss, aux)` in the last place. `loss` is this call's, if weighted its mean,
       which is 0 for weight 0. `extra_args` are those of `tx.update`: `weight` (not if
-      `weighted`), `flush`, and what the inner transformation takes; `value`, if it does,
-      defaults to `loss`. Arguments of `loss_fn` are passed by position. Jit it with
-      `donate_argnums=(0, 1)`.
+      `weighted`), `flush`, and what the inner transformation takes; `value`, if it
+      takes that, defaults to `loss`. Arguments of `loss_fn` are passed by position. Jit
+      it with `donate_argnums=(0, 1)`.
 
     Raises:
       TypeError: `tx` is not an `accumulate`; at the first call, `loss_fn` does not

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import jax.numpy as jnp
 import optax
@@ -76,7 +76,7 @@ class TrainState(train_state.TrainState):
         every: int | Schedule | None = None,
         momentum: float | Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> "TrainState":
+    ) -> Self:
         """A state at step 0.
 
         Args:
@@ -130,7 +130,7 @@ class TrainState(train_state.TrainState):
         flush: ArrayLike = False,
         extra_args: Mapping[str, Any] | None = None,
         **kwargs: Any,
-    ) -> "TrainState":
+    ) -> Self:
         """The state after one more gradient, by `accumax.apply_gradients`: in place.
 
         Args:
@@ -165,7 +165,7 @@ class TrainState(train_state.TrainState):
             params = {"params": params} | overwritten
         return self._after(params, opt_state, statistics, weight, called=True, **kwargs)
 
-    def flush(self, **extra_args: Any) -> "TrainState":
+    def flush(self, **extra_args: Any) -> Self:
         """The state with an open window closed, as by `accumax.flush`.
 
         Args:
@@ -178,8 +178,9 @@ class TrainState(train_state.TrainState):
             params = {**self.params, "params": params}
         return self._after(params, opt_state, None, 0.0, called=False)
 
-    @staticmethod
+    @classmethod
     def train_step(
+        cls,
         loss_fn: Callable[..., Any],
         *,
         fields: tuple[str, ...] = (),
@@ -192,7 +193,7 @@ class TrainState(train_state.TrainState):
         rng_argnums: Places = (),
         aux: PyTree = "mean",
         in_place: bool = True,
-    ) -> Callable[..., tuple["TrainState", Any]]:
+    ) -> Callable[..., tuple[Self, Any]]:
         """`accumax.train_step` for a state: no gradient tree.
 
         Args:
@@ -257,7 +258,7 @@ class TrainState(train_state.TrainState):
         else:  # there it is for the rows alone
             options["batch_argnums"] = 1
 
-        def step(state: Any, *args: Any, **extra_args: Any) -> tuple["TrainState", Any]:
+        def step(state: Any, *args: Any, **extra_args: Any) -> tuple[Self, Any]:
             _check_fields(state, (*read, *kept, *keys))
             if _has_overwritten(state.params):
                 raise TypeError(
@@ -325,7 +326,7 @@ class TrainState(train_state.TrainState):
         *,
         called: bool,
         **kwargs: Any,
-    ) -> "TrainState":
+    ) -> Self:
         """The state after a call, or a flush, that gave these."""
         if self.pool is not None:
             kwargs["pool"], kwargs[STATISTICS] = _statistics.after_call(
