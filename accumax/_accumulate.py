@@ -221,10 +221,15 @@ def accumulating(
             f"{every=} was passed with a tx that is an accumax.accumulate already. "
             "Pass one or the other."
         )
-    return _wrapped(tx, _check_every(every))
+    length = _check_every(every)
+    try:
+        hash((tx, length))
+    except TypeError:
+        return accumulate(tx, length)
+    return _wrapped(tx, length)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def _wrapped(
     tx: optax.GradientTransformation, every: int | Schedule
 ) -> optax.GradientTransformationExtraArgs:

@@ -12,7 +12,11 @@ means, and its variance is the mean of their variances and the variance of their
 
 Only the last term needs the momentum m. The sums are Welford's, which do not cancel.
 What this gives for a call is again such an :math:`s_i`, with the rows of the call, for
-the window that the call is in.
+the window that the call is in. A call that did not start from the `s0` of its window,
+because something else moved them in between, counts with what it would have given.
+
+Each normalisation is taken to run once in a forward pass. Of one that runs c times,
+the mean is right, and the variance between microbatches counts up to c times too much.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,13 +34,15 @@ class Pool(NamedTuple):
     """What the running statistics of a window's microbatches were.
 
     Attributes:
+      found: the statistics that the window found; while none is open, the latest.
       mean: their weighted mean, shaped as the statistics, at least float32; integers
         and the like are the latest.
       spread: for each running mean, in the order of the leaves, the weighted sum of the
         squared deviations from `mean`, of the same shape and dtype.
-      weight: () float, the sum of the weights; while it is 0, the rest is stale.
+      weight: () float, the sum of the weights; while it is 0, both are stale.
     """
 
+    found: PyTree
     mean: PyTree
     spread: list[jax.Array]
     weight: jax.Array
@@ -51,7 +57,9 @@ def begin(statistics: PyTree) -> Pool:
     mean = jax.tree.map(zeros, statistics)
     leaves = jax.tree.leaves(mean)
     spread = [jnp.zeros_like(leaves[m]) for m, _ in pairs(statistics).values()]
-    return Pool(mean, spread, jnp.zeros((), float))
+    # A copy, because a buffer that two fields hold cannot be donated.
+    found = jax.tree.map(jnp.array, statistics)
+    return Pool(found, mean, spread, jnp.zeros((), float))
 
 
 def add(pool: Pool, statistics: PyTree, weight: ArrayLike) -> Pool:
@@ -84,7 +92,8 @@ def add(pool: Pool, statistics: PyTree, weight: ArrayLike) -> Pool:
 
     places = [m for m, _ in pairs(statistics).values()]
     spreads = [spread(*pair) for pair in zip(pool.spread, places, strict=True)]
-    return Pool(jax.tree.structure(pool.mean).unflatten(means), spreads, total)
+    mean = jax.tree.structure(pool.mean).unflatten(means)
+    return Pool(pool.found, mean, spreads, total)
 
 
 def result(pool: Pool, statistics: PyTree, momenta: tuple[float, ...]) -> PyTree:
@@ -107,7 +116,7 @@ def result(pool: Pool, statistics: PyTree, momenta: tuple[float, ...]) -> PyTree
 
 def after_call(
     pool: Pool,
-    statistics: PyTree,
+    base: PyTree,
     momenta: tuple[float, ...],
     call: tuple[PyTree, ArrayLike],
     *,
@@ -118,30 +127,54 @@ def after_call(
 
     Args:
       pool: the open window's.
-      statistics: as the window found them.
+      base: the statistics that the call found; None for those of the pool.
       momenta: what `check_momenta` gave.
       call: what the call gave, None if it gave none, and its rows.
     """
     new, rows = call
+    for tree in (new, base):
+        if tree is not None:
+            numerics.check_same("running statistics", tree, pool.found)
+    base = pool.found if base is None else base
+    opened = pool.weight > 0
+    found = jax.tree.map(lambda x, y: jnp.where(opened, x, y), pool.found, base)
     if new is not None:
         # As the gradient: a call that was refused leaves nothing behind.
         accepted = before.skipped == after.skipped
-        pool = add(pool, new, jnp.where(accepted, jnp.asarray(rows, float), 0))
-    moved = result(pool, statistics, momenta)
+        rows = jnp.where(accepted, jnp.asarray(rows, float), 0)
+        pool = add(pool, _moved(new, base, found, momenta), rows)
+    moved = _moved(result(pool, found, momenta), found, base, momenta)
     statistics = jax.tree.map(
-        lambda x, old: jnp.where(after.emitted, x, old), moved, statistics
+        lambda x, old: jnp.where(after.emitted, x, old), moved, base
     )
     weight = jnp.where(after.mini_step == 0, 0, pool.weight)
-    return pool._replace(weight=weight), statistics
+    found = jax.tree.map(lambda x, y: jnp.where(weight > 0, x, y), found, statistics)
+    return pool._replace(found=found, weight=weight), statistics
+
+
+def _moved(
+    statistics: PyTree, start: PyTree, other: PyTree, momenta: tuple[float, ...]
+) -> PyTree:
+    """What an update from `start` gave, as one from `other` would have given it."""
+    trees = [jax.tree.leaves(tree) for tree in (statistics, start, other)]
+    leaves = list(trees[0])
+    for places, momentum in zip(pairs(statistics).values(), momenta, strict=True):
+        for i in places:
+            # To the bit the same, if both are.
+            leaves[i] = leaves[i] + momentum * (trees[2][i] - trees[1][i])
+    moved = jax.tree.structure(statistics).unflatten(leaves)
+    return numerics.cast_like(moved, statistics)
 
 
 def pairs(statistics: PyTree) -> dict[tuple[str, ...], tuple[int, int]]:
     """From the path of what holds a running mean and its variance to their places.
 
-    The places are among the leaves. They are known by their names, "mean" and "var".
+    The places are among the leaves. They are known by their names, "mean" and "var",
+    within a box such as `flax.linen.Partitioned` too.
     """
     leaves = jax.tree_util.tree_leaves_with_path(statistics)
-    at = {_names(path): i for i, (path, _) in enumerate(leaves)}
+    names = [_names(path) for path, _ in leaves]
+    at = {n[:-1] if n[-1:] == ("value",) else n: i for i, n in enumerate(names)}
     return {
         path[:-1]: (i, at[*path[:-1], "var"])
         for path, i in at.items()

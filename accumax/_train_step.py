@@ -161,7 +161,9 @@ def train_step(
     carried = not in_place or window.accumulator.nonfinite != "propagate"
     names, carries = set(parameters(loss_fn)), isinstance(loss_fn, Carrying)
     if microbatch_size is None:
-        if (batch_argnums, rng_argnums, aux) != (1, (), "mean"):
+        # A loss that carries a state may weigh it by the rows of the batch.
+        places = 1 if carries else batch_argnums
+        if (places, rng_argnums, aux) != (1, (), "mean"):
             raise ValueError(
                 f"{batch_argnums=}, {rng_argnums=} and {aux=} are for microbatches, "
                 "and there are none. Pass microbatch_size."

@@ -7,6 +7,7 @@ from typing import Any, Self, cast
 import jax.numpy as jnp
 import optax
 from flax import struct
+from flax.core import FrozenDict, freeze
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
@@ -150,8 +151,7 @@ class TrainState(train_state.TrainState):
             # Their "gradients" are their new values, in each call (Flax's fp8).
             overwritten[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]
             grads = grads["params"]
-        statistics = kwargs.pop(STATISTICS, None)
-        self._check(statistics)
+        statistics = self._check(kwargs.pop(STATISTICS, None))
         params, opt_state = apply_gradients(
             self.tx,
             _optimized(self.params),
@@ -253,10 +253,7 @@ class TrainState(train_state.TrainState):
         places = check_places("batch_argnums", batch_argnums)
         options = {"microbatch_size": microbatch_size, "rng_argnums": rng_argnums}
         options |= {"weighted": weighted, "aux": aux, "in_place": in_place}
-        if microbatch_size is not None or not pooled:
-            options["batch_argnums"] = batch_argnums
-        else:  # there it is for the rows alone
-            options["batch_argnums"] = 1
+        options["batch_argnums"] = batch_argnums
 
         def step(state: Any, *args: Any, **extra_args: Any) -> tuple[Self, Any]:
             _check_fields(state, (*read, *kept, *keys))
@@ -269,8 +266,7 @@ class TrainState(train_state.TrainState):
             for name in keys:
                 own[name] = fold_in(own[name], state.microstep)
             statistics = getattr(state, STATISTICS) if pooled else {}
-            if pooled:
-                state._check(statistics)
+            state._check(statistics if pooled else None)
 
             def run(rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
                 others, i = rest
@@ -283,7 +279,8 @@ class TrainState(train_state.TrainState):
                 new, aux = _loss.split_aux(loss.aux, kept, has_aux)
                 others = {name: new[name] for name in others}
                 loss = loss._replace(aux=aux)
-                return loss, new[STATISTICS] if pooled else {}, (others, i + 1)
+                statistics_ = _like(new[STATISTICS], statistics) if pooled else {}
+                return loss, statistics_, (others, i + 1)
 
             rest = {n: getattr(state, n) for n in kept if n != STATISTICS}
             handing = Handing(statistics, (rest, jnp.zeros((), jnp.int32)), run)
@@ -307,15 +304,19 @@ class TrainState(train_state.TrainState):
 
         return step
 
-    def _check(self, statistics: PyTree) -> None:
+    def _check(self, statistics: PyTree) -> PyTree:
+        """The statistics that came, as the state has them."""
         if statistics is None:
-            return
+            return None
         if self.pool is None:
             raise ValueError(
                 f"This state pools no {STATISTICS}. Pass {STATISTICS}=... and "
                 "momentum=... to TrainState.create."
             )
-        numerics.check_same(STATISTICS, statistics, getattr(self, STATISTICS))
+        own = getattr(self, STATISTICS)
+        statistics = _like(statistics, own)
+        numerics.check_same(STATISTICS, statistics, own)
+        return statistics
 
     def _after(
         self,
@@ -360,6 +361,12 @@ def _check_fields(state: Any, names: tuple[str, ...]) -> None:
                 f"{type(state).__name__}. Add it: `class State(accumax.linen."
                 f"TrainState): {name}: Any`."
             )
+
+
+def _like(new: PyTree, old: PyTree) -> PyTree:
+    """`new`, frozen if `old` is: `apply` gives a plain dict for either."""
+    frozen = isinstance(old, FrozenDict) and not isinstance(new, FrozenDict)
+    return freeze(new) if frozen else new
 
 
 def _has_overwritten(params: PyTree) -> bool:

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from . import _loss, _microbatch, _statistics
+from . import _loss, _microbatch, _statistics, _train_step
+from . import _numerics as numerics
 from ._accumulate import accumulating, flush
 from ._arguments import Place, Places, at, check_argnums, check_places
 from ._ema import ema as ema
 from ._handing import Handing
-from ._train_step import apply_gradients
-from ._train_step import train_step as core_step
 from ._types import ArrayLike, PyTree, Schedule
 from ._window import AccumulateState
 
@@ -31,8 +30,7 @@ class Optimizer(nnx.Optimizer):
     Attributes:
       step, microstep: () uint32, the gradient steps and the calls so far.
       tx, opt_state, wrt: as those of `nnx.Optimizer`.
-      pool: the open window's running statistics, None for a model without.
-      statistics: those that the window found.
+      pool: the open window's running statistics; None if there are none to pool.
 
     >>> import accumax.nnx, jax, optax
     >>> import jax.numpy as jnp
@@ -41,10 +39,9 @@ class Optimizer(nnx.Optimizer):
     >>> optimizer = accumax.nnx.Optimizer(
     ...     model, optax.adam(1e-3), wrt=nnx.Param, every=2  # the line that changes
     ... )
-    >>> def loss_fn(model):
-    ...     return jnp.mean(model(jnp.ones((4, 2))) ** 2)
+    >>> grad_fn = nnx.grad(lambda model: jnp.mean(model(jnp.ones((4, 2))) ** 2))
     >>> for _ in range(4):
-    ...     optimizer.update(model, nnx.grad(loss_fn)(model))
+    ...     optimizer.update(model, grad_fn(model))
     >>> print(optimizer.step[...], optimizer.microstep[...])
     2 4
     """
@@ -56,6 +53,7 @@ class Optimizer(nnx.Optimizer):
         *,
         wrt: Any,
         every: int | Schedule | None = None,
+        batch_stats: bool = True,
     ):
         """An optimizer at step 0.
 
@@ -64,25 +62,23 @@ class Optimizer(nnx.Optimizer):
           tx, every: an optimizer, and the calls in a window (or a schedule for it) for
             an `accumax.accumulate` around it; or an `accumulate`, outermost.
           wrt: the filter of the variables to optimize, such as `nnx.Param`.
+          batch_stats: whether it pools the model's. Of several optimizers of one model,
+            let one alone do it.
 
         Raises:
-          TypeError: `tx` is no `accumulate`, and `every` is not given.
-          ValueError: it is one, and `every` is given; the model has no variable for
-            `wrt`; or the module of a running mean and variance has no `momentum`.
+          TypeError, ValueError: `tx` and `every` do not fit; the model has no variable
+            for `wrt`; or the module of a running mean and variance has no `momentum`.
         """
         tx = accumulating(tx, every, "nnx.Optimizer")
         _check_some(nnx.state(model, wrt), model, wrt)
-        statistics = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+        kind = nnx.BatchStat if batch_stats else False
+        statistics = nnx.as_pure(nnx.state(model, kind))
         _momenta(model, statistics)
         super().__init__(model, tx, wrt=wrt)
         self.microstep = nnx.OptState(jnp.zeros((), jnp.uint32))
-        self.pool = self.statistics = None
-        if jax.tree.leaves(statistics):
-            # A copy, because a buffer that two variables hold cannot be donated.
-            statistics = jax.tree.map(jnp.array, statistics)
-            pool = _statistics.begin(statistics)
-            self.pool = nnx.data(jax.tree.map(nnx.OptArray, pool))
-            self.statistics = nnx.data(jax.tree.map(nnx.OptArray, statistics))
+        some = jax.tree.leaves(statistics)
+        pool = _statistics.begin(statistics) if some else None
+        self.pool = nnx.data(jax.tree.map(nnx.OptArray, pool))
 
     def update(
         self,
@@ -96,21 +92,19 @@ class Optimizer(nnx.Optimizer):
     ) -> Any:
         """One more gradient, in place; no updates are built, and so none returned.
 
+        It raises what `accumax.apply_gradients` does, before anything is changed.
+
         Args:
           model, grads: the module, and the gradient of one microbatch as of `nnx.grad`.
           weight: () float, the items (examples, tokens) that it stands for, and the
             rows that the model's `BatchStat` has seen.
           flush: () bool, close the window with this call.
           **kwargs: what the optimizer takes, such as `value=loss`.
-
-        Raises:
-          TypeError, ValueError: as `accumax.apply_gradients`.
         """
-        before = nnx.as_pure(self.opt_state)
-        params, after = apply_gradients(
+        params, after = _train_step.apply_gradients(
             self.tx,
             nnx.as_pure(nnx.state(model, self.wrt)),
-            before,
+            nnx.as_pure(self.opt_state),
             nnx.as_pure(nnx.state(grads, self.wrt)),
             weight=weight,
             flush=flush,
@@ -120,9 +114,8 @@ class Optimizer(nnx.Optimizer):
 
     def flush(self, model: Any, **kwargs: Any) -> None:
         """Closes an open window as `accumax.flush` does, whose `kwargs` these are."""
-        before = nnx.as_pure(self.opt_state)
-        params = nnx.as_pure(nnx.state(model, self.wrt))
-        params, after = flush(self.tx, params, before, **nnx.as_pure(kwargs))
+        state = nnx.as_pure((nnx.state(model, self.wrt), self.opt_state))
+        params, after = flush(self.tx, *state, **nnx.as_pure(kwargs))
         self._after(model, params, after, None)
 
     def _after(
@@ -131,27 +124,28 @@ class Optimizer(nnx.Optimizer):
         params: PyTree,
         after: AccumulateState,
         rows: ArrayLike | None,
+        base: PyTree = None,
     ) -> None:
-        """Writes what a call of `rows` rows gave; a flush if None."""
+        """Writes what a call of `rows` rows, or a flush, gave that found `base`."""
         before, count = nnx.as_pure(self.opt_state), optax.safe_increment
+        if self.pool is not None:
+            new = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+            pool, statistics = _statistics.after_call(
+                nnx.as_pure(self.pool),
+                new if rows is None else base,
+                _momenta(model, new),
+                (None, 0) if rows is None else (new, rows),
+                before=before,
+                after=after,
+            )
+            _write(self.pool, pool)
+            _write(model, statistics)
         _write(model, params)
         _write(self.opt_state, after)
-        step, microstep = self.step[...], self.microstep[...]
+        step = self.step[...]
         self.step[...] = jnp.where(after.emitted, count(step), step)
-        self.microstep[...] = microstep if rows is None else count(microstep)
-        if self.pool is None:
-            return
-        new = nnx.as_pure(nnx.state(model, nnx.BatchStat))
-        pool, statistics = _statistics.after_call(
-            *nnx.as_pure((self.pool, self.statistics)),
-            _momenta(model, new),
-            (None, 0) if rows is None else (new, rows),
-            before=before,
-            after=after,
-        )
-        _write(self.pool, pool)
-        for variables in (model, self.statistics):
-            _write(variables, statistics)
+        if rows is not None:
+            self.microstep[...] = count(self.microstep[...])
 
 
 def train_step(
@@ -187,15 +181,14 @@ def train_step(
     >>> import accumax.nnx, optax
     >>> import jax.numpy as jnp
     >>> from flax import nnx
-    >>> rngs = nnx.Rngs(0)
-    >>> model = nnx.Sequential(nnx.BatchNorm(2, rngs=rngs), nnx.Linear(2, 1, rngs=rngs))
+    >>> model = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
     >>> optimizer = accumax.nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param, every=2)
     >>> step = accumax.nnx.train_step(lambda model, x: jnp.mean((model(x) - 1) ** 2))
     >>> step = nnx.jit(step, donate_argnums=(0, 1))
     >>> x = jnp.arange(8.0).reshape(4, 2)
     >>> for i in range(2):
     ...     loss = step(model, optimizer, x[2 * i : 2 * i + 2])
-    >>> print(model.layers[0].mean[...])  # 0.99 * 0 + 0.01 * the mean of all four
+    >>> print(model.mean[...])  # 0.99 * 0 + 0.01 * the mean of all four
     [0.03 0.04]
     """
     if not callable(loss_fn):
@@ -206,18 +199,20 @@ def train_step(
         if not isinstance(optimizer, Optimizer):
             kind = type(optimizer).__name__
             raise TypeError(f"optimizer is a {kind}, not an accumax.nnx.Optimizer.")
+        base = nnx.as_pure(nnx.state(model, nnx.BatchStat))
+        if optimizer.pool is not None:
+            found = nnx.as_pure(optimizer.pool).found
+            numerics.check_same("BatchStat of the model", base, found)
         modules = _Modules((model, *args), {}, {0: optimizer.wrt})
         handing = modules.handing(loss_fn, has_aux, weighted)
         carrying, first = handing.carrying(loss_fn, places)
-        divided = microbatch_size is not None or not handing.pools
-        run = core_step(
+        run = _train_step.train_step(
             carrying,
             optimizer.tx,
             has_aux=has_aux,
             weighted=weighted,
             microbatch_size=microbatch_size,
-            # Without microbatches it says where the rows are, and no more.
-            batch_argnums=batch_argnums if divided else 1,
+            batch_argnums=batch_argnums,
             **options,
         )
         before = nnx.as_pure(optimizer.opt_state)
@@ -225,10 +220,8 @@ def train_step(
         params, after, (loss, (carried, rest)) = run(
             nnx.as_pure(params), before, first, *others, **extra_args
         )
-        if optimizer.pool is not None:  # the model's may have been loaded
-            _write(optimizer.statistics, nnx.state(model, nnx.BatchStat))
         rows = modules.write(handing, carried, before.skipped == after.skipped)
-        optimizer._after(model, params, after, rows)
+        optimizer._after(model, params, after, rows, base)
         return (loss, rest) if has_aux else loss
 
     return step
@@ -246,9 +239,7 @@ def value_and_grad(
     """`nnx.value_and_grad` of the whole batch, at the memory of one microbatch.
 
     `BatchStat` has one update for the batch, with the mean and the variance of all its
-    rows. All else that the loss changes in its modules, such as the counts of their
-    `Rngs`, is handed from microbatch to microbatch, so that each has dropout masks of
-    its own.
+    rows. All else is handed from microbatch to microbatch, as by `train_step`.
 
     Args:
       f: `(model, *args) -> loss`, as for `train_step`.
@@ -258,9 +249,8 @@ def value_and_grad(
         such as `microbatch_size`.
 
     Returns:
-      A function of the arguments of `f` that returns `(value, gradient)`, with aux
-      `((value, aux), gradient)`, and raises what `accumax.value_and_grad` does; the
-      gradient of a module is an `nnx.State`.
+      A function of the arguments of `f` that returns and raises what that of
+      `accumax.value_and_grad` does; the gradient of a module is an `nnx.State`.
 
     >>> import accumax.nnx
     >>> import jax.numpy as jnp
@@ -269,10 +259,9 @@ def value_and_grad(
     >>> def loss_fn(model, x):
     ...     return jnp.mean((model(x) - 1) ** 2)
     >>> f = nnx.jit(accumax.nnx.value_and_grad(loss_fn, microbatch_size=2))
-    >>> x = jnp.arange(12.0).reshape(6, 2)
-    >>> loss, grads = f(model, x)
-    >>> print(abs(loss - loss_fn(model, x)) < 1e-5, *grads)
-    True bias kernel
+    >>> loss, grads = f(model, jnp.arange(12.0).reshape(6, 2))
+    >>> print(*grads)
+    bias kernel
     """
     if not callable(f):
         raise TypeError(f"{f=} must be a function (model, *args) -> loss.")
@@ -317,17 +306,20 @@ class _Modules:
         call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
         self.places = [place for place in call if _holds_module(call[place])]
         self.nodes = tuple(call[place] for place in self.places)
-        self.live = [place for place in self.places if place in wrt]
-        self.filters = [
-            _under(self.places.index(place), wrt[place]) for place in self.live
-        ]
+        self.live = {p: i for i, p in enumerate(self.places) if p in wrt}
+        self.filters = [_under(i, wrt[place]) for place, i in self.live.items()]
+        others = [call[place] for place in self.places if place not in wrt]
+        if _variables(others) & _variables([call[place] for place in self.live]):
+            raise ValueError(
+                "A module that is differentiated shares variables with an argument "
+                f"that is not. Differentiate all of {self.places}, or pass a copy."
+            )
         self.graphdef, *lives, statistics, rest = nnx.split(
             self.nodes, *self.filters, nnx.BatchStat, ...
         )
         for place in self.places:
             call[place] = None
-        for place, state in zip(self.live, lives, strict=True):
-            i = self.places.index(place)
+        for (place, i), state in zip(self.live.items(), lives, strict=True):
             _check_some(state, self.nodes[i], wrt[place])
             call[place] = state[i]
         self.args = tuple(call[n] for n in range(len(args)))
@@ -341,16 +333,23 @@ class _Modules:
 
         def run(rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
-            lives = [nnx.State({self.places.index(n): call[n]}) for n in self.live]
+            lives = [nnx.State({i: call[place]}) for place, i in self.live.items()]
             nodes = nnx.merge(self.graphdef, *lives, self.statistics, rest)
             call |= dict(zip(self.places, nodes, strict=True))
             args = tuple(call[n] for n in range(len(args)))
             out = fun(*args, **{name: call[name] for name in kwargs})
-            _, *_, statistics, rest = nnx.split(
+            graphdef, *_, statistics, rest = nnx.split(
                 nodes, *self.filters, nnx.BatchStat, ...
             )
             loss = _loss.read(out, has_aux=has_aux, weighted=weighted)
-            return loss, nnx.as_pure(statistics), nnx.as_pure(rest)
+            statistics, rest = nnx.as_pure(statistics), nnx.as_pure(rest)
+            numerics.check_same("state of the modules", rest, self.rest)
+            if graphdef != self.graphdef:
+                raise ValueError(
+                    "The loss changed a static attribute of a module, as eval() does, "
+                    "which cannot be handed on. Do it before."
+                )
+            return loss, statistics, rest
 
         return Handing(self.statistics, self.rest, run)
 
@@ -360,6 +359,10 @@ class _Modules:
         statistics, rest, rows = handing.settle(carried, momenta, accepted)
         nnx.update(self.nodes, statistics, rest)
         return rows
+
+
+def _variables(nodes: list[Any]) -> set[int]:
+    return {id(x) for _, x in nnx.iter_graph(nodes) if isinstance(x, nnx.Variable)}
 
 
 def _holds_module(x: Any) -> bool:
@@ -376,11 +379,9 @@ def _under(i: int, wrt: Any) -> Callable[[tuple, Any], bool]:
 
 def _check_some(state: Any, module: Any, wrt: Any) -> None:
     if not jax.tree.leaves(state):
-        variables = nnx.to_flat_state(nnx.state(module))
-        kinds = sorted({type(x).__name__ for _, x in variables})
         raise ValueError(
-            f"{type(module).__name__} has no variable for {wrt}, only of the kinds "
-            f"{kinds}. Pass the filter of what to differentiate, such as nnx.Param."
+            f"{type(module).__name__} has no variable for {wrt}. Pass the filter of "
+            "what to differentiate, such as nnx.Param."
         )
 
 

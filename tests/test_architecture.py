@@ -87,6 +87,7 @@ ALLOWED = {
     },
     "nnx": {
         "_types",
+        "_numerics",
         "_arguments",
         "_loss",
         "_window",

@@ -575,3 +575,41 @@ def test_a_step_costs_what_accumax_train_step_does():
     ours = step.lower(state, x).compile().memory_analysis()
     assert ours.temp_size_in_bytes <= plain.temp_size_in_bytes + 1024
     assert ours.alias_size_in_bytes >= plain.alias_size_in_bytes
+
+
+def test_statistics_that_are_replaced_within_a_window_are_what_it_moves():
+    model, batch = nets.Linen(), nets.rows(24)
+    state, step = state_of(model, every=2), step_of(model)
+    params, parts = state.params, [nets.part(batch, 0, 12), nets.part(batch, 12, 24)]
+    state, _ = step(state, parts[0])
+    other = jax.tree.map(lambda x: x + 3, state.batch_stats)
+    state, _ = step(state.replace(batch_stats=other), parts[1])
+    want = nets.window_statistics(params, parts)
+    for name, momentum in nets.MOMENTA.items():
+        want[name] = {n: x + 3 * momentum for n, x in want[name].items()}
+    assert nets.near(state.batch_stats, want, ulps=64)
+
+
+def test_frozen_statistics_stay_frozen():
+    model, batch = nets.Linen(), nets.rows(24)
+    keys = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = flax.core.freeze(model.init(keys, batch["x"]))
+    state, step = state_of(model, variables, every=1), step_of(model)
+    params = state.params
+    state, _ = step(state, batch)
+    assert isinstance(state.batch_stats, flax.core.FrozenDict)
+    want = nets.window_statistics(flax.core.unfreeze(params), [batch])
+    assert nets.near(flax.core.unfreeze(state.batch_stats), want)
+
+
+def test_a_schedule_that_cannot_be_hashed():
+    class Every:
+        __hash__ = None
+
+        def __call__(self, step):
+            return 2
+
+    state = create(tx=optax.sgd(0.1), every=Every())
+    for _ in range(2):
+        state = state.apply_gradients(grads={"w": jnp.ones(2)})
+    assert state.step == 1

@@ -493,3 +493,118 @@ def test_other_bad_input_and_nothing_is_changed():
     with pytest.raises(ValueError, match="must stay of that structure"):
         accumax.nnx.train_step(grows)(model, optimizer, batch)
     assert same_bits(before, pure((model, optimizer)))
+
+
+def test_statistics_that_others_move_within_a_window_stay_sane():
+    """As a generator's do: its discriminator's step runs it too."""
+    x = nets.rows(24)["x"].astype(np.float64)
+    g, d = (
+        nnx.BatchNorm(3, momentum=0.9, rngs=nnx.Rngs(0)),
+        nnx.Linear(3, 1, rngs=nnx.Rngs(1)),
+    )
+    og, od = optimizer_of(g, every=4), optimizer_of(d, every=4)
+    options = {"batch_argnums": 2}
+    step_d = nnx.jit(
+        accumax.nnx.train_step(lambda d, g, x: jnp.mean(d(g(x)) ** 2), **options)
+    )
+    step_g = nnx.jit(
+        accumax.nnx.train_step(lambda g, d, x: jnp.mean(d(g(x)) ** 2), **options)
+    )
+    mean, var = np.zeros(3), np.ones(3)
+    for n in range(8):
+        rows = (x[3 * n : 3 * n + 3] + 50).astype(np.float32)
+        step_d(d, od, g, rows)  # one update by this call, of what is not its model
+        mean = 0.9 * mean + 0.1 * rows.mean(0)
+        var = 0.9 * var + 0.1 * rows.var(0)
+        step_g(g, og, d, rows)
+        if n % 4 == 3:  # and one by the window
+            seen = (x[3 * n - 9 : 3 * n + 3] + 50).astype(np.float32)
+            mean = 0.9 * mean + 0.1 * seen.mean(0)
+            var = 0.9 * var + 0.1 * seen.var(0)
+    np.testing.assert_allclose(g.mean[...], mean, rtol=1e-5)
+    np.testing.assert_allclose(g.var[...], var, rtol=1e-3)
+
+
+def test_of_two_optimizers_of_a_model_one_pools():
+    model, batch = net(), nets.rows(24)
+    params = pure(model, nnx.Param)
+    wrt = nnx.All(nnx.Param, nnx.PathContains("out"))
+    rest = nnx.All(nnx.Param, nnx.Not(nnx.PathContains("out")))
+    one = optimizer_of(model, every=2, wrt=wrt, batch_stats=False)
+    other = optimizer_of(model, every=2, wrt=rest)
+    parts = [nets.part(batch, 0, 12), nets.part(batch, 12, 24)]
+    for rows in parts:
+        grads = nnx.grad(loss_fn)(model, rows)
+        one.update(model, grads)
+        other.update(model, grads)
+    assert one.pool is None
+    want = nets.window_statistics(params, parts)
+    assert nets.near(pure(model, nnx.BatchStat), want)
+
+
+def test_no_buffer_is_in_two_places_after_an_eager_call():
+    model, batch = net(), nets.rows(24)
+    optimizer = optimizer_of(model, every=2)
+
+    @functools.partial(nnx.jit, donate_argnums=(0, 1))
+    def step(model, optimizer, batch):
+        optimizer.update(model, nnx.grad(loss_fn)(model, batch))
+
+    step(model, optimizer, batch)
+    optimizer.flush(model)
+    step(model, optimizer, batch)
+    optimizer.update(model, nnx.grad(loss_fn)(model, batch))
+    step(model, optimizer, batch)
+    assert (optimizer.step[...], optimizer.microstep[...]) == (2, 4)
+
+
+def test_a_module_that_shares_what_is_differentiated_is_refused():
+    class Holds(nnx.Module):
+        def __init__(self, shared, rngs):
+            self.shared, self.own = shared, nnx.Linear(3, 3, rngs=rngs)
+
+        def __call__(self, x):
+            return self.own(self.shared(x))
+
+    rngs = nnx.Rngs(0)
+    shared = nnx.Linear(3, 3, rngs=rngs)
+    a, b = Holds(shared, rngs), Holds(shared, rngs)
+    batch = nets.rows(24)
+
+    def loss(a, b, batch):
+        return jnp.mean(a(batch["x"]) * b(batch["x"]))
+
+    options = {"microbatch_size": 6, "batch_argnums": 2}
+    for argnums in (0, 1):
+        f = accumax.nnx.value_and_grad(loss, argnums=argnums, **options)
+        with pytest.raises(ValueError, match="shares variables"):
+            f(a, b, batch)
+    f = accumax.nnx.value_and_grad(loss, argnums=(0, 1), **options)
+    _, got = nnx.jit(f)(a, b, batch)
+    _, want = nnx.value_and_grad(loss, argnums=(0, 1))(a, b, batch)
+    assert distance(nnx.as_pure(got), nnx.as_pure(want)) < 1e-5
+
+
+def test_a_model_that_has_changed_is_refused_and_nothing_is_written():
+    model, batch = net(), nets.rows(24)
+    optimizer = optimizer_of(model, every=1, wrt=nnx.PathContains("hidden"))
+    model.third = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    before = pure((model, optimizer))
+    with pytest.raises(ValueError, match="must stay of that structure"):
+        optimizer.update(model, nnx.state(model, nnx.PathContains("hidden")))
+    with pytest.raises(ValueError, match="must stay of that structure"):
+        accumax.nnx.train_step(loss_fn)(model, optimizer, batch)
+    assert same_bits(before, pure((model, optimizer)))
+
+
+def test_a_static_change_within_the_loss_is_refused():
+    def loss(model, batch):
+        model.eval()
+        return loss_fn(model, batch)
+
+    model, batch = net(), nets.rows(24)
+    optimizer = optimizer_of(model)
+    with pytest.raises(ValueError, match="static attribute"):
+        accumax.nnx.train_step(loss)(model, optimizer, batch)
+    with pytest.raises(ValueError, match="static attribute"):
+        accumax.nnx.value_and_grad(loss, microbatches=2)(model, batch)

@@ -1,5 +1,6 @@
 """Running statistics of a window, against its moments in float64."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,6 +135,8 @@ def test_pairs_are_known_by_their_names():
         "c": {"mean": {"u": leaf}, "var": leaf},
     }
     assert list(statistics.pairs(tree)) == [("a",), ("b", "0")]
+    boxed = {k: nn.Partitioned(leaf, ("x",)) for k in ("mean", "var")}
+    assert list(statistics.pairs({"a": boxed})) == [("a",)]
     assert statistics.pairs({}) == statistics.pairs(leaf) == {}
 
 
