@@ -25,6 +25,17 @@ def part(batch: Any, start: int, stop: int) -> Any:
     return jax.tree.map(lambda x: x[start:stop], batch)
 
 
+def divided(rows: Any, size: int) -> list[Any]:
+    """Microbatch i of k has rows i, k + i, ...; the smaller one has the last ones."""
+    n = len(rows["x"])
+    size = min(size, n)
+    k = n // size
+    every_kth = [
+        jax.tree.map(lambda x, i=i: x[i : k * size : k], rows) for i in range(k)
+    ]
+    return every_kth + ([part(rows, k * size, n)] if n % size else [])
+
+
 class Linen(nn.Module):
     """Normalises its input, and a hidden layer; drops out between them."""
 

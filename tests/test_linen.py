@@ -125,15 +125,6 @@ def test_one_line_changes_what_flax_users_write():
     assert distance(naive.batch_stats["first"], first[1]) > 0.1
 
 
-def divided(rows, n, size):
-    """Microbatch i of k has rows i, k + i, ...; the smaller one has the last ones."""
-    k = n // size
-    every_kth = [
-        jax.tree.map(lambda x, i=i: x[i : k * size : k], rows) for i in range(k)
-    ]
-    return every_kth + ([nets.part(rows, k * size, n)] if n % size else [])
-
-
 @pytest.mark.parametrize(
     ("ends", "size"),
     [((8, 16, 24), None), ((3, 13, 24), None), ((24,), 5), ((9, 24), 4)],
@@ -148,11 +139,11 @@ def test_statistics_are_those_of_the_whole_window(ends, size, weighted):
     for stop in ends:
         rows = nets.part(batch, start, stop)
         state, _ = step(state, rows)
-        n, start = stop - start, stop
+        start = stop
         if size is None:
             parts.append(rows)
         else:
-            parts += divided(rows, n, size)
+            parts += nets.divided(rows, size)
     assert state.step == 1
     assert nets.near(state.batch_stats, nets.window_statistics(params, parts))
     assert state.pool.weight == 0

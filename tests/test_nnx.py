@@ -125,21 +125,10 @@ def test_statistics_are_those_of_the_whole_window(form, ends):
     assert same_bits(pure(model, nnx.BatchStat), pure(net(), nnx.BatchStat))
     FORMS[form](model, optimizer, parts[2:])
     if "size" in str(getattr(FORMS[form], "keywords", "")):
-        parts = [part for rows in parts for part in divided(rows, 4)]
+        parts = [part for rows in parts for part in nets.divided(rows, 4)]
     want = nets.window_statistics(params, parts)
     assert nets.near(pure(model, nnx.BatchStat), want)
     assert optimizer.step[...] == 1
-
-
-def divided(rows, size):
-    """Microbatch i of k has rows i, k + i, ...; the smaller one has the last ones."""
-    n = len(rows["x"])
-    size = min(size, n)
-    k = n // size
-    every_kth = [
-        jax.tree.map(lambda x, i=i: x[i : k * size : k], rows) for i in range(k)
-    ]
-    return every_kth + ([nets.part(rows, k * size, n)] if n % size else [])
 
 
 def test_both_forms_agree_and_their_twins_to_the_bit():
@@ -178,7 +167,7 @@ def test_value_and_grad_moves_the_statistics_once():
     params = pure(model, nnx.Param)
     f = nnx.jit(accumax.nnx.value_and_grad(loss_fn, microbatch_size=5))
     f(model, batch)
-    want = nets.window_statistics(params, divided(batch, 5))
+    want = nets.window_statistics(params, nets.divided(batch, 5))
     assert nets.near(pure(model, nnx.BatchStat), want)
     assert model.calls[...] == 5  # what is no statistic is handed on
     # And an optimizer that accumulates pools what calls of it give.
@@ -193,7 +182,7 @@ def test_value_and_grad_moves_the_statistics_once():
     parts = [nets.part(batch, 0, 7), nets.part(batch, 7, 24)]
     for rows in parts:
         step(model, optimizer, rows)
-    parts = [part for rows in parts for part in divided(rows, 5)]
+    parts = [part for rows in parts for part in nets.divided(rows, 5)]
     assert nets.near(pure(model, nnx.BatchStat), nets.window_statistics(params, parts))
 
 
@@ -292,7 +281,7 @@ def test_a_teacher_is_an_argument_like_any_other():
     nnx.jit(step)(model, optimizer, teacher, batch)
     assert same_bits(before, pure(teacher, nnx.Param))
     # It runs in training mode, so its statistics move: once, for all rows.
-    want = nets.window_statistics(before, divided(batch, 8))
+    want = nets.window_statistics(before, nets.divided(batch, 8))
     assert nets.near(pure(teacher, nnx.BatchStat), want)
 
 
