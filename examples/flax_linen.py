@@ -58,6 +58,7 @@ Only accumax's run is saved; the two that it is compared with are trained anew.
 """
 
 import contextlib
+import copy
 import functools
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -262,7 +263,8 @@ def train(
                 history["distances"].append(away)
         if manager is not None:
             parts = {"state": ocp.args.StandardSave(state)}
-            parts["history"] = ocp.args.JsonSave(history)
+            # A copy, because it is written while the training goes on.
+            parts["history"] = ocp.args.JsonSave(copy.deepcopy(history))
             last = call + 1 == calls  # is always saved
             manager.save(call + 1, args=ocp.args.Composite(**parts), force=last)
 

@@ -46,6 +46,7 @@ it is compared with are trained anew.
 """
 
 import contextlib
+import copy
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -207,7 +208,8 @@ def train(
         if manager is not None:
             state = nnx.state((model, optimizer)), average
             parts = {"state": ocp.args.StandardSave(state)}
-            parts["history"] = ocp.args.JsonSave(history)
+            # A copy, because it is written while the training goes on.
+            parts["history"] = ocp.args.JsonSave(copy.deepcopy(history))
             last = call + 1 == calls  # is always saved
             manager.save(call + 1, args=ocp.args.Composite(**parts), force=last)
 

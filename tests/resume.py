@@ -198,25 +198,23 @@ def attempt(
     environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
     paths = [str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
     left = kill.randint(0, 6) if kill else -1
-    for line in process.stdout:
-        word, value = line.split()
-        if word == "done":
-            process.wait()
-            return value
-        if kill and word in ("from", "call"):
-            left -= 1
-            if left < 0:
-                time.sleep(kill.uniform(0, 0.1))  # in a step, or in a save
-                process.kill()
-                process.wait()
-                print(f"killed after {word} {value}")
-                return None
-    raise RuntimeError(f"The training ended with {process.wait()}.")
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            word, value = line.split()
+            if word == "done":
+                return value
+            if kill and word in ("from", "call"):
+                left -= 1
+                if left < 0:
+                    time.sleep(kill.uniform(0, 0.1))  # in a step, or in a save
+                    process.kill()
+                    print(f"killed after {word} {value}")
+                    return None
+    raise RuntimeError(f"The training ended with {process.returncode}.")
 
 
 def run(form: str, devices: int, kills: int, calls: int, seed: int = 0) -> None:
