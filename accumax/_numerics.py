@@ -142,15 +142,14 @@ def check_same(name: str, tree: PyTree, expected: PyTree) -> None:
     Raises:
       ValueError: it has not.
     """
-    want, got = outline(expected), outline(tree)
-    shapes = [
+    got, want = (
         (jax.tree.structure(t), [np.shape(x) for x in jax.tree.leaves(t)])
         for t in (tree, expected)
-    ]
-    if shapes[0] != shapes[1]:
+    )
+    if got != want:
         raise ValueError(
-            f"The new {name} is {got}, where {want} was. It must stay of that "
-            "structure and of those shapes."
+            f"The new {name} is {outline(tree)}, where {outline(expected)} was. It "
+            "must stay of that structure and of those shapes."
         )
 
 

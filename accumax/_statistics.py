@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from . import _numerics as numerics
 from ._types import ArrayLike, PyTree
-from ._window import AccumulateState
+from ._window import AccumulateState, accepted
 
 
 class Pool(NamedTuple):
@@ -140,8 +140,7 @@ def after_call(
     found = jax.tree.map(lambda x, y: jnp.where(opened, x, y), pool.found, base)
     if new is not None:
         # As the gradient: a call that was refused leaves nothing behind.
-        accepted = before.skipped == after.skipped
-        rows = jnp.where(accepted, jnp.asarray(rows, float), 0)
+        rows = jnp.where(accepted(before, after), jnp.asarray(rows, float), 0)
         pool = add(pool, _moved(new, base, found, momenta), rows)
     moved = _moved(result(pool, found, momenta), found, base, momenta)
     statistics = jax.tree.map(

@@ -316,6 +316,11 @@ def is_state(x: Any) -> bool:
     return isinstance(x, AccumulateState)
 
 
+def accepted(before: AccumulateState, after: AccumulateState) -> jax.Array:
+    """() bool: whether the call between them was not refused."""
+    return before.skipped == after.skipped
+
+
 def gradient_of(params: PyTree) -> PyTree:
     """The part of `params` that gradients are shaped like."""
     # `optax.lookahead` alone takes gradients of a part, the fast parameters.

@@ -21,7 +21,7 @@ from ._split import fold_in
 from ._train_step import apply_gradients
 from ._train_step import train_step as core_step
 from ._types import ArrayLike, PyTree, Schedule
-from ._window import AccumulateState
+from ._window import AccumulateState, accepted
 
 STATISTICS = "batch_stats"  # Flax's name for the collection of running statistics
 
@@ -161,9 +161,15 @@ class TrainState(train_state.TrainState):
             flush=flush,
             **(extra_args or {}),
         )
-        if overwritten:
-            params = {"params": params} | overwritten
-        return self._after(params, opt_state, statistics, weight, called=True, **kwargs)
+        return self._after(
+            params,
+            opt_state,
+            statistics,
+            weight,
+            called=True,
+            overwritten=overwritten,
+            **kwargs,
+        )
 
     def flush(self, **extra_args: Any) -> Self:
         """The state with an open window closed, as by `accumax.flush`.
@@ -174,8 +180,6 @@ class TrainState(train_state.TrainState):
         params, opt_state = flush(
             self.tx, _optimized(self.params), self.opt_state, **extra_args
         )
-        if _has_overwritten(self.params):
-            params = {**self.params, "params": params}
         return self._after(params, opt_state, None, 0.0, called=False)
 
     @classmethod
@@ -251,9 +255,6 @@ class TrainState(train_state.TrainState):
         read, kept, keys = check_names(fields=fields, mutable=mutable, rngs=rngs)
         pooled = STATISTICS in kept
         places = check_places("batch_argnums", batch_argnums)
-        options = {"microbatch_size": microbatch_size, "rng_argnums": rng_argnums}
-        options |= {"weighted": weighted, "aux": aux, "in_place": in_place}
-        options["batch_argnums"] = batch_argnums
 
         def step(state: Any, *args: Any, **extra_args: Any) -> tuple[Self, Any]:
             _check_fields(state, (*read, *kept, *keys))
@@ -285,13 +286,24 @@ class TrainState(train_state.TrainState):
             rest = {n: getattr(state, n) for n in kept if n != STATISTICS}
             handing = Handing(statistics, (rest, jnp.zeros((), jnp.int32)), run)
             carrying, first = handing.carrying(loss_fn, places)
-            core = core_step(carrying, state.tx, has_aux=has_aux, **options)
-            params, opt_state, (loss, (carried, rest)) = core(
+            core = core_step(
+                carrying,
+                state.tx,
+                has_aux=has_aux,
+                weighted=weighted,
+                microbatch_size=microbatch_size,
+                batch_argnums=batch_argnums,
+                rng_argnums=rng_argnums,
+                aux=aux,
+                in_place=in_place,
+            )
+            params, opt_state, (loss, (carried, extra)) = core(
                 state.params, state.opt_state, first, *args, **extra_args
             )
-            accepted = opt_state.skipped == state.opt_state.skipped
             momenta = state.momentum if pooled else ()
-            statistics, (new, _), rows = handing.settle(carried, momenta, accepted)
+            statistics, (new, _), rows = handing.settle(
+                carried, momenta, accepted(state.opt_state, opt_state)
+            )
             state = state._after(
                 params,
                 opt_state,
@@ -300,7 +312,7 @@ class TrainState(train_state.TrainState):
                 called=True,
                 **new,
             )
-            return state, ((loss, rest) if has_aux else loss)
+            return state, ((loss, extra) if has_aux else loss)
 
         return step
 
@@ -326,9 +338,12 @@ class TrainState(train_state.TrainState):
         rows: ArrayLike,
         *,
         called: bool,
+        overwritten: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """The state after a call, or a flush, that gave these."""
+        """The state after a call, or a flush, that gave these; `params` optimized."""
+        if _has_overwritten(self.params):
+            params = {**self.params, "params": params, **(overwritten or {})}
         if self.pool is not None:
             kwargs["pool"], kwargs[STATISTICS] = _statistics.after_call(
                 self.pool,

@@ -16,7 +16,7 @@ from ._arguments import Place, Places, at, check_argnums, check_places
 from ._ema import ema as ema
 from ._handing import Handing
 from ._types import ArrayLike, PyTree, Schedule
-from ._window import AccumulateState
+from ._window import AccumulateState, accepted
 
 
 class Optimizer(nnx.Optimizer):
@@ -71,13 +71,11 @@ class Optimizer(nnx.Optimizer):
         """
         tx = accumulating(tx, every, "nnx.Optimizer")
         _check_some(nnx.state(model, wrt), model, wrt)
-        kind = nnx.BatchStat if batch_stats else False
-        statistics = nnx.as_pure(nnx.state(model, kind))
+        statistics = nnx.as_pure(nnx.state(model, nnx.BatchStat)) if batch_stats else {}
         _momenta(model, statistics)
         super().__init__(model, tx, wrt=wrt)
         self.microstep = nnx.OptState(jnp.zeros((), jnp.uint32))
-        some = jax.tree.leaves(statistics)
-        pool = _statistics.begin(statistics) if some else None
+        pool = _statistics.begin(statistics) if jax.tree.leaves(statistics) else None
         self.pool = nnx.data(jax.tree.map(nnx.OptArray, pool))
 
     def update(
@@ -197,8 +195,7 @@ def train_step(
 
     def step(model: Any, optimizer: Any, *args: Any, **extra_args: Any) -> Any:
         if not isinstance(optimizer, Optimizer):
-            kind = type(optimizer).__name__
-            raise TypeError(f"optimizer is a {kind}, not an accumax.nnx.Optimizer.")
+            raise TypeError(f"{type(optimizer)=} is not an accumax.nnx.Optimizer.")
         base = nnx.as_pure(nnx.state(model, nnx.BatchStat))
         if optimizer.pool is not None:
             found = nnx.as_pure(optimizer.pool).found
@@ -220,7 +217,7 @@ def train_step(
         params, after, (loss, (carried, rest)) = run(
             nnx.as_pure(params), before, first, *others, **extra_args
         )
-        rows = modules.write(handing, carried, before.skipped == after.skipped)
+        rows = modules.write(handing, carried, accepted(before, after))
         optimizer._after(model, params, after, rows, base)
         return (loss, rest) if has_aux else loss
 
@@ -309,7 +306,8 @@ class _Modules:
         self.live = {p: i for i, p in enumerate(self.places) if p in wrt}
         self.filters = [_under(i, wrt[place]) for place, i in self.live.items()]
         others = [call[place] for place in self.places if place not in wrt]
-        if _variables(others) & _variables([call[place] for place in self.live]):
+        live = [call[place] for place in self.live]
+        if others and _variables(others) & _variables(live):
             raise ValueError(
                 "A module that is differentiated shares variables with an argument "
                 f"that is not. Differentiate all of {self.places}, or pass a copy."
@@ -353,10 +351,10 @@ class _Modules:
 
         return Handing(self.statistics, self.rest, run)
 
-    def write(self, handing: Handing, carried: Any, accepted: Any) -> jax.Array:
+    def write(self, handing: Handing, carried: Any, taken: Any) -> jax.Array:
         """Writes what the last microbatch handed on, and returns the rows of all."""
         momenta = _momenta(self.nodes, self.statistics)
-        statistics, rest, rows = handing.settle(carried, momenta, accepted)
+        statistics, rest, rows = handing.settle(carried, momenta, taken)
         nnx.update(self.nodes, statistics, rest)
         return rows
 
@@ -387,6 +385,8 @@ def _check_some(state: Any, module: Any, wrt: Any) -> None:
 
 def _momenta(nodes: Any, statistics: PyTree) -> tuple[float, ...]:
     """What the modules of the running statistics have for a momentum."""
+    if not _statistics.pairs(statistics):
+        return ()  # without a walk through the whole model
     modules = {tuple(map(str, path)): x for path, x in nnx.iter_graph(nodes)}
     remedy = "Give that module an attribute `momentum`, as nnx.BatchNorm has"
 

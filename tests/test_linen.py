@@ -604,3 +604,14 @@ def test_a_schedule_that_cannot_be_hashed():
     for _ in range(2):
         state = state.apply_gradients(grads={"w": jnp.ones(2)})
     assert state.step == 1
+
+
+def test_gradients_without_new_values_keep_those_that_are():
+    scales = "_overwrite_with_gradient"
+    params = {"params": {"w": jnp.ones(2)}, scales: {"s": jnp.ones(3)}}
+    state = accumax.linen.TrainState.create(
+        apply_fn=None, params=params, tx=optax.sgd(1.0), every=1
+    )
+    state = state.apply_gradients(grads={"w": jnp.ones(2)})
+    assert jax.tree.structure(state.params) == jax.tree.structure(params)
+    assert (state.params[scales]["s"] == 1).all()
