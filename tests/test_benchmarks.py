@@ -1,6 +1,7 @@
 """The benchmarks run. What they time at this size means nothing; see their headers."""
 
 import accuracy
+import flax_states
 import forms
 import info_nce
 import jax
@@ -70,3 +71,11 @@ def test_a_target_that_is_unknown_is_refused(capsys):
     with pytest.raises(SystemExit):
         targets.main(["abacus"])
     assert "abacus" in capsys.readouterr().err
+
+
+def test_a_flax_step_costs_its_accumulator_and_copies_nothing():
+    plain, *ours = flax_states.figures("cpu").values()
+    for arguments, temp, copies in ours:
+        assert copies == 0
+        assert arguments - plain[0] <= 1.01
+        assert temp <= plain[1] + 0.001
