@@ -6,8 +6,8 @@ from ._accumulate import has_updated as has_updated
 from ._microbatch import grad as grad
 from ._microbatch import value_and_grad as value_and_grad
 from ._recompute import microbatch as microbatch
+from ._state import AccumulateState as AccumulateState
 from ._train_step import apply_gradients as apply_gradients
 from ._train_step import train_step as train_step
-from ._window import AccumulateState as AccumulateState
 
 __version__ = "0.1.0"

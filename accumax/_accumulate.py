@@ -10,15 +10,11 @@ import numpy as np
 import optax
 
 from ._accumulator import accumulator
+from ._arguments import check_length
+from ._devices import AxisNames, MeshLike, check_axes
+from ._state import AccumulateState, is_state
 from ._types import DTypeLike, NonFinite, PyTree, Reduction, Schedule
-from ._window import (
-    AccumulateState,
-    Window,
-    check_length,
-    is_accumulate,
-    is_state,
-    window_of,
-)
+from ._window import Window, is_accumulate, window_of
 
 
 def accumulate(
@@ -29,6 +25,8 @@ def accumulate(
     accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
     nonfinite: NonFinite = "propagate",
     averaged_args: tuple[str, ...] = (),
+    reduce_axis: AxisNames | None = None,
+    mesh: MeshLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates gradients over `every` calls, then runs `inner` once on their mean.
 
@@ -70,6 +68,13 @@ def accumulate(
         the window with weight 0. Static.
       averaged_args: names of extra arguments, () float each, that `inner` gets as their
         weighted mean over the window, such as `("value",)`. Every call must pass them.
+      reduce_axis: a mesh axis, or a tuple of several, over whose devices the gradients
+        of a window are kept apart until it closes: each adds up its own, and one
+        reduction happens then. `accumax.train_step` does so by itself; `update` and
+        `accumax.apply_gradients` are to be called within a `jax.shard_map` over these
+        axes, with each device's own gradient, weight and averaged arguments. Their
+        parameters are the same on all. Static.
+      mesh: the mesh; that of `jax.set_mesh` by default.
 
     Returns:
       A transformation whose state is an `AccumulateState`. A window whose weights sum
@@ -78,7 +83,8 @@ def accumulate(
 
     Raises:
       TypeError, ValueError: for the arguments above and, before anything is changed,
-        for gradients, weights and states that do not fit; the message names them.
+        for gradients, weights and states that do not fit; the message names them. With
+        `reduce_axis`, a gradient that is reduced already does not fit.
 
     >>> import accumax, optax
     >>> import jax.numpy as jnp
@@ -110,6 +116,7 @@ def accumulate(
             nonfinite=nonfinite,
             averaged_args=averaged_args,
         ),
+        axes=check_axes(reduce_axis, mesh),
     )
     return optax.GradientTransformationExtraArgs(window.init, window.update)
 

@@ -30,6 +30,10 @@ class Sums(NamedTuple):
     args: dict[str, jax.Array]
 
 
+def _as_it_is(x: Any) -> Any:
+    return x
+
+
 class Accumulator(NamedTuple):
     """The steps of a window, and some of the options that they were made with.
 
@@ -38,12 +42,14 @@ class Accumulator(NamedTuple):
       nonfinite: the policy.
       averaged_args: the names of the averaged arguments.
       init: `(params) -> sums`.
-      add: `(sums, grads, weight, args, *, first, summed) -> (sums, accepted)`. `grads`
+      add: `(sums, grads, weight, args, *, first, ...) -> (sums, accepted)`. `grads`
         stand for `weight` items, () float, with which `args` are averaged. They are of
         the kind that the reduction says; with `summed`, static, they are sums under
         "mean" too. `first`, () bool: a window opens, so the sums are overwritten and
         never read. `accepted`, () bool: false if the policy or the weight refused the
-        contribution, which then added nothing.
+        contribution, which then added nothing. On one of several devices, `agree` is
+        from what holds on this one to what holds on all, (n,) bool or () bool, and
+        `total` from its weight and arguments to the sums of all.
       tally: `(sums, weight, args, *, first) -> (sums, accepted)`: `add` for gradients
         that the backward pass has already added: only the weight can be refused.
       result: `(sums) -> (grads, args)`: the reduced gradient, in at least float32, and
@@ -103,33 +109,44 @@ def accumulator(
         *,
         first: ArrayLike,
         summed: bool = False,
+        agree: Callable[[jax.Array], jax.Array] = _as_it_is,
+        total: Callable[[PyTree], PyTree] = _as_it_is,
     ) -> tuple[Sums, jax.Array]:
         scale = weight if reduction == "mean" and not summed else 1.0
-        if nonfinite != "propagate":
-            # A window that another policy has lost is begun anew, or none would end.
-            first |= ~numerics.all_finite(sums)
-            sums = sums._replace(weight=jnp.where(first, 0, sums.weight))
 
-        def accumulated(a: jax.Array, g: ArrayLike) -> jax.Array:
-            g = jnp.asarray(g, a.dtype) * jnp.asarray(scale, a.dtype)
-            return jnp.where(first, g, a + g)
+        def scaled(a: jax.Array, g: ArrayLike) -> jax.Array:
+            return jnp.asarray(g, a.dtype) * jnp.asarray(scale, a.dtype)
 
-        new = jax.tree.map(accumulated, sums.grads, grads)
-        accepted = usable(weight)
-        if nonfinite != "propagate":
-            # The sum and not the gradient: one check sees a NaN, an infinite product
-            # and an overflow of the sum.
+        grads = jax.tree.map(scaled, sums.grads, grads)
+        added = jax.tree.map(jnp.add, sums.grads, grads)
+        if nonfinite == "propagate":
+            accepted = agree(usable(weight))
+        else:
             averaged = [jnp.asarray(args[name]) for name in averaged_args]
-            accepted &= (weight == 0) | numerics.all_finite((new, averaged))
+
+            def fits(new: PyTree) -> jax.Array:
+                # The sum and not the gradient: one check sees a NaN, an infinite
+                # product and an overflow of the sum.
+                finite = numerics.all_finite((new, averaged))
+                return usable(weight) & ((weight == 0) | finite)
+
+            # All at once: devices that are to agree then ask each other once.
+            checks = numerics.all_finite(sums), fits(grads), fits(added)
+            sound, opens, goes_on = agree(jnp.stack(checks))
+            # A window that another policy has lost is begun anew, or none would end.
+            first |= ~sound
+            sums = sums._replace(weight=jnp.where(first, 0, sums.weight))
+            accepted = jnp.where(first, opens, goes_on)
         # A weight of 0 is not multiplied in: the mean over no items is 0/0.
         taken = accepted & (weight > 0)
 
-        def keep(new: jax.Array, a: jax.Array) -> jax.Array:
+        def keep(a: jax.Array, g: jax.Array, sum: jax.Array) -> jax.Array:
             old = jnp.where(first, numerics.minus_zero(a.dtype), a)
-            return jnp.where(taken, new, old)
+            return jnp.where(taken, jnp.where(first, g, sum), old)
 
-        sums = sums._replace(grads=jax.tree.map(keep, new, sums.grads))
-        return _count(sums, weight, args, first, taken), accepted
+        new = jax.tree.map(keep, sums.grads, grads, added)
+        sums = sums._replace(grads=new)
+        return _count(sums, weight, args, first, taken, total), accepted
 
     def result(sums: Sums) -> tuple[PyTree, dict[str, jax.Array]]:
         # A window without weight is never applied, but where a conditional becomes a
@@ -227,15 +244,17 @@ def _count(
     args: Mapping[str, ArrayLike],
     first: ArrayLike,
     taken: jax.Array,
+    total: Callable[[PyTree], PyTree] = _as_it_is,
 ) -> Sums:
-    total = sums.weight + jnp.where(taken, weight, 0)
+    def weighed(name: str, a: jax.Array) -> jax.Array:
+        return jnp.where(taken, weight * jnp.asarray(args[name], a.dtype), 0)
 
-    def accumulated(a: jax.Array, value: ArrayLike) -> jax.Array:
-        value = jnp.where(taken, weight * jnp.asarray(value, a.dtype), 0)
-        return jnp.where(first, 0, a) + value
-
-    args = {name: accumulated(a, args[name]) for name, a in sums.args.items()}
-    return sums._replace(weight=total.astype(sums.weight.dtype), args=args)
+    values = {name: weighed(name, a) for name, a in sums.args.items()}
+    seen, values = total((jnp.where(taken, weight, 0), values))
+    return sums._replace(
+        weight=(sums.weight + seen).astype(sums.weight.dtype),
+        args={n: jnp.where(first, 0, a) + values[n] for n, a in sums.args.items()},
+    )
 
 
 def _check_dtype(dtype: Any) -> Any:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import _numerics as numerics
-from ._types import PyTree
+from ._types import ArrayLike, PyTree
 
 # Where a call has an argument: a position, or a keyword. As users write it.
 Place: TypeAlias = int | str
@@ -213,3 +213,48 @@ def find(
             )
         found.add(at)
     return found
+
+
+def check_flush(flush: Any) -> ArrayLike:
+    if numerics.dtype_of(flush) != jnp.bool_ or jnp.shape(flush) != ():
+        raise TypeError(
+            f"flush is {numerics.describe(flush)}; expected a scalar bool: whether to "
+            "close the window with this call."
+        )
+    return flush
+
+
+def check_length(length: Any) -> ArrayLike:
+    dtype = numerics.dtype_of(length)
+    if (
+        dtype is None
+        or jnp.shape(length) != ()
+        or not (
+            jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+        )
+    ):
+        raise TypeError(
+            f"every gives {numerics.describe(length)} for a window's length; expected "
+            "a scalar integer of at least 1."
+        )
+    return length
+
+
+def check_averaged(name: str, extra_args: dict[str, Any]) -> None:
+    if name not in extra_args:
+        raise TypeError(
+            f'averaged_args has "{name}", which this call does not pass (it passes '
+            f"{sorted(extra_args) or 'no extra arguments'}). Pass {name}=... in every "
+            "call."
+        )
+    value = extra_args[name]
+    dtype = numerics.dtype_of(value)
+    if (
+        dtype is None
+        or jnp.shape(value) != ()
+        or jnp.issubdtype(dtype, jnp.complexfloating)
+    ):
+        raise TypeError(
+            f'averaged_args has "{name}", which is {numerics.describe(value)}; '
+            "expected a real scalar."
+        )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,26 @@ import jax.numpy as jnp
 from . import _numerics as numerics
 from . import _statistics
 from ._arguments import Place, rows_of
+from ._devices import Axes, is_array
 from ._loop import Carrying
 from ._loss import Loss
+from ._split import fold_in
 from ._types import ArrayLike, PyTree
+
+
+class Given(NamedTuple):
+    """What a loss is given besides its arguments.
+
+    Attributes:
+      statistics: the running statistics, which all microbatches see as they are and
+        which are pooled.
+      fields: what all of them see as it is.
+      keys: PRNG keys, the same for all microbatches of a device.
+    """
+
+    statistics: PyTree
+    fields: PyTree = None
+    keys: PyTree = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,20 +38,15 @@ class Handing:
     """A loss whose state goes from microbatch to microbatch.
 
     Attributes:
-      statistics: the running statistics, which all microbatches see as they are and
-        which are pooled.
+      given: what all microbatches are given.
       rest: the state that the first microbatch sees, and each other as the one before
-        left it.
-      run: `(rest, args, kwargs) -> (loss, statistics, rest)`.
+        left it. On several devices each has one; typed PRNG keys in it differ.
+      run: `(given, rest, args, kwargs) -> (loss, statistics, rest)`.
     """
 
-    statistics: PyTree
+    given: Given
     rest: PyTree
-    run: Callable[[PyTree, tuple, dict[str, Any]], tuple[Loss, PyTree, PyTree]]
-
-    @property
-    def pools(self) -> bool:
-        return bool(jax.tree.leaves(self.statistics))
+    run: Callable[[Given, PyTree, tuple, dict[str, Any]], tuple[Loss, PyTree, PyTree]]
 
     def carrying(
         self, fun: Callable[..., Any], batch_argnums: tuple[Place, ...]
@@ -44,20 +56,43 @@ class Handing:
         `fun`: the function that the user wrote. The rows of `batch_argnums`, among its
         arguments, are what statistics are weighed by.
         """
+        pools = bool(jax.tree.leaves(self.given.statistics))
+        arrays = jax.tree.map(lambda x: x if is_array(x) else None, self.given)
+        changed = [False] * len(jax.tree.leaves(self.rest))
 
         @functools.wraps(fun)
         def loss_fn(carried: Any, *args: Any, **kwargs: Any) -> Any:
-            pool, rest = carried
-            loss, statistics, new = self.run(rest, args, kwargs)
-            numerics.check_same("running statistics", statistics, self.statistics)
+            given, (pool, rest) = carried
+            given = numerics.restore(given, self.given)
+            loss, statistics, new = self.run(given, rest, args, kwargs)
+            numerics.check_same("running statistics", statistics, given.statistics)
             numerics.check_same("state", new, rest)
-            if self.pools:
+            pairs = zip(jax.tree.leaves(rest), jax.tree.leaves(new), strict=True)
+            for i, (before, after) in enumerate(pairs):
+                changed[i] |= before is not after
+            if pools:
                 rows = rows_of(batch_argnums, fun, args, kwargs)
                 pool = _statistics.add(pool, statistics, rows)
             value = loss.value if loss.weight is None else (loss.value, loss.weight)
             return value, ((pool, new), loss.aux)
 
-        return Carrying(loss_fn), (_statistics.begin(self.statistics), self.rest)
+        def begin(axes: Axes, given: Given, state: Any) -> Any:
+            i, (pool, rest) = axes.index(), state
+            rest = jax.tree.map(lambda x: fold_in(x, i) if _is_typed(x) else x, rest)
+            return given._replace(keys=fold_in(given.keys, i)), (pool, rest)
+
+        def end(axes: Axes, first: Any, last: Any) -> Any:
+            # What the loss has left alone is what it was, without asking the others.
+            news, structure = jax.tree.flatten(last[1])
+            olds = jax.tree.leaves(first[1])
+            rest = [
+                axes.last(new) if moved else old
+                for old, new, moved in zip(olds, news, changed, strict=True)
+            ]
+            return _statistics.over(axes, last[0]), structure.unflatten(rest)
+
+        first = arrays, (_statistics.begin(self.given.statistics), self.rest)
+        return Carrying(loss_fn, begin, end), first
 
     def settle(
         self, carried: Any, momenta: tuple[float, ...], accepted: ArrayLike
@@ -70,7 +105,12 @@ class Handing:
         pool, rest = carried
         rest = jax.tree.map(lambda x, y: jnp.where(accepted, x, y), rest, self.rest)
         return (
-            _statistics.result(pool, self.statistics, momenta),
+            _statistics.result(pool, self.given.statistics, momenta),
             rest,
             pool.weight,
         )
+
+
+def _is_typed(x: Any) -> bool:
+    dtype = numerics.dtype_of(x)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)

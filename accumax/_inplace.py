@@ -16,6 +16,7 @@ from jax import lax
 from jax.core import Tracer
 
 from . import _numerics as numerics
+from ._devices import fitted, typed_like
 from ._types import ArrayLike, PyTree
 
 T = TypeVar("T")
@@ -37,7 +38,8 @@ def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
         _, value = carry
         return jnp.zeros_like(pred), fun(value)
 
-    return lax.while_loop(lambda carry: carry[0], body, (pred, operand))[1]
+    carry = pred, fitted(fun, operand)
+    return lax.while_loop(lambda carry: carry[0], body, carry)[1]
 
 
 def after(tree: PyTree, i: int) -> jax.Array:
@@ -138,7 +140,7 @@ def _add_backward(
     # A port: zeros that hold no data (XLA drops them) and let a parameter's cotangent
     # out in the accumulator's dtype.
     def variable(p: jax.Array, s: jax.Array, port: bool) -> jax.Array:
-        return jnp.zeros_like(s) if port else p
+        return typed_like(jnp.zeros_like(s), s) if port else p
 
     def through(variables: PyTree) -> Any:
         def value(p: jax.Array, v: jax.Array, port: bool) -> jax.Array:
@@ -175,7 +177,8 @@ def _port_fwd(p: jax.Array, q: jax.Array) -> tuple[jax.Array, Any]:
 
 
 def _port_bwd(like: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros_like(cotangent), cotangent.astype(like.dtype)
+    zeros = typed_like(jnp.zeros_like(cotangent), cotangent)
+    return zeros, cotangent.astype(like.dtype)
 
 
 _port.defvjp(_port_fwd, _port_bwd)

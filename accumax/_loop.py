@@ -1,6 +1,7 @@
 """The scan over microbatches that the forms within a call share."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from jax import lax
 from . import _loss, _reduce
 from . import _numerics as numerics
 from ._accumulator import Sums, accumulator
+from ._devices import Axes, fitted, typed_like
+from ._gather import Gather
 from ._inplace import add_backward, at_most_once
 from ._loss import Loss
 from ._split import Part, Parts
@@ -23,13 +26,20 @@ _TREES = accumulator()  # of trees that are sums already, in whatever dtype thes
 class Carrying:
     """A loss that is handed a state by the microbatch before it.
 
-    `fun` takes that state as one more argument, the first, and returns the next one in
-    `(carried, aux)`, with or without `has_aux`. `value_and_grad` of this takes it first
-    and returns `(carried, result)`; a `train_step` of it takes it third and returns
-    `(carried, aux)` for the aux.
+    `fun` takes `(given, state)` as one more argument, the first, where `given` is the
+    same for all, and returns the next state in `(state, aux)`, with or without
+    `has_aux`. `value_and_grad` of this takes that argument first and returns `(state,
+    result)`; a `train_step` of it takes it third and returns `(state, aux)` for the
+    aux.
+
+    `begin`: on one of several devices, `(axes, given, state) -> (given, state)` for its
+    own microbatches. `end`: `(axes, first, last) -> state`, what all devices have
+    together, from what its first microbatch was to be handed and its last one gave.
     """
 
     fun: Callable[..., Any]
+    begin: Callable[..., Any]
+    end: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fun(*args, **kwargs)
@@ -68,6 +78,9 @@ class Loop:
       mean: whether a loss is divided by its weights, or its microbatches, in the end.
       aux: the reductions of each loss's aux.
       in_place: false selects the twin that carries the gradient tree.
+      axes: the devices that have rows of the call each, None for one. `run` is then
+        `Axes.inside`, and gives what all have together, except for the gradients.
+      gather: how parameters are gathered that are sharded over `axes`, None if none is.
     """
 
     losses: tuple[Callable[..., Any], ...]
@@ -76,6 +89,13 @@ class Loop:
     mean: bool
     aux: Sequence[PyTree]
     in_place: bool
+    axes: Axes | None = None
+    gather: Gather | None = None
+
+    @property
+    def on_one(self) -> "Loop":
+        """The same for a call whose rows are not divided over devices."""
+        return dataclasses.replace(self, axes=None, gather=None)
 
     @property
     def carries(self) -> bool:
@@ -91,6 +111,7 @@ class Loop:
         seed: Callable[[int], float],
         counted: Callable[[jax.Array], jax.Array],
         carried: PyTree = None,
+        cuts: tuple[PyTree, ...] | None = None,
     ) -> Outcome:
         """Adds the gradient of every microbatch to `grads`.
 
@@ -102,18 +123,28 @@ class Loop:
           seed: from the rows of a microbatch to what its gradient is multiplied by,
             static.
           counted: from a weight to the one that counts; nothing is added for 0.
-          carried: what the first microbatch is handed, if `carries`.
+          carried: what the first microbatch is given, if `carries`.
+          cuts: how what is differentiated is divided, if `gather`.
         """
         live = {n: live_part(args[n]) for n in argnums}
-        sums = dict(zip(argnums, grads, strict=True))
-        carried = jax.tree.map(numerics.strong, carried)
+        if self.axes is not None:
+            live = self.axes.vary(live)
+        divided = dict(zip(argnums, cuts, strict=True)) if cuts is not None else None
+        if self.gather is not None and self.gather.gather == "once":
+            live = self.gather.whole(live, divided)
+        sums = typed_like(dict(zip(argnums, grads, strict=True)), live)
+        given, carried = (None, None) if carried is None else carried
+        first = carried = jax.tree.map(numerics.strong, carried)
+        loss = self.losses[0]
+        if self.axes is not None and isinstance(loss, Carrying):
+            given, carried = loss.begin(self.axes, given, carried)
         terms = [
-            _Term(self, fun, live, parts, aux, seed, counted, carried)
+            _Term(self, fun, live, parts, aux, seed, counted, given, carried, divided)
             for fun, aux in zip(self.losses, self.aux, strict=True)
         ]
         total = None
         if self.weighted and self.mean and len(terms) > 1:
-            total = _normalise(terms, parts)
+            total = _normalise(terms, parts, self.axes)
 
         def alone(carry: Any, part: Part) -> Any:
             grads, (seen,), carried = carry
@@ -124,7 +155,7 @@ class Loop:
             # XLA merges the graphs of losses that are computed one after another, and
             # then all are alive at once (three equal ones: 3.0 x the memory of one).
             # Not those in different loops.
-            def turn(carry: Any, n: jax.Array) -> tuple[Any, None]:
+            def turn(carry: Any, n: ArrayLike) -> tuple[Any, None]:
                 for i, term in enumerate(terms):
 
                     def add(carry: Any, i: int = i, term: _Term = term) -> Any:
@@ -132,14 +163,19 @@ class Loop:
                         grads, new, carried = term.add(grads, seen[i], part, carried)
                         return grads, [*seen[:i], new, *seen[i + 1 :]], carried
 
-                    carry = at_most_once(n == i, add, carry)
+                    carry = at_most_once(jnp.equal(n, i), add, carry)
                 return carry, None
 
+            carry = fitted(lambda carry: turn(carry, 0)[0], carry)
             return lax.scan(turn, carry, jnp.arange(len(terms)))[0]
 
         body = alone if len(terms) == 1 else in_turn
         carry = sums, [term.begin() for term in terms], carried
         sums, seen, carried = parts.scan(body, carry)
+        if self.axes is not None:
+            seen = [t.over(self.axes, s) for t, s in zip(terms, seen, strict=True)]
+            if isinstance(loss, Carrying):
+                carried = loss.end(self.axes, first, carried)
         grads = tuple(sums[n] for n in argnums)
         accepted = jnp.all(~jnp.stack([s.refused for s in seen]))
         pairs = zip(terms, seen, strict=True)
@@ -178,12 +214,17 @@ class _Term:
         aux: PyTree,
         seed: Callable[[int], ArrayLike],
         counted: Callable[[jax.Array], jax.Array],
+        given: PyTree,
         carried: PyTree,
+        cuts: PyTree,
     ):
         self.loop, self.fun, self.live, self.parts = loop, fun, live, parts
         self.seed, self.counted, self.carried = seed, counted, carried
+        self.given, self.cuts = given, cuts
         shapes = [self._shape(part) for part in parts.each()]
         self.shape = shapes[0]
+        if loop.axes is not None:
+            loop.axes.check_own("The loss", self.shape.value)
         self.reducer = _reduce.reducer(aux, shapes[0].aux, shapes[-1].aux, parts)
 
     def read(
@@ -197,16 +238,23 @@ class _Term:
             out = self.fun(*args, **part.kwargs)
             loss = _loss.read(out, has_aux=loop.has_aux, weighted=loop.weighted)
             return loss, None
-        out = self.fun(carried, *args, **part.kwargs)
+        out = self.fun((self.given, carried), *args, **part.kwargs)
         loss = _loss.read(out, has_aux=True, weighted=loop.weighted)
         new, aux = loss.aux
         return loss._replace(aux=aux), numerics.cast_like(new, carried)
 
     def _shape(self, part: Part) -> Loss:
-        def shape(live: dict[int, PyTree], carried: PyTree) -> Loss:
-            return self.read(live, part, carried)[0]
+        def shape(carried: PyTree) -> Loss:
+            return self.read(self.whole(part), part, carried)[0]
 
-        return jax.eval_shape(shape, self.live, self.carried)
+        return jax.eval_shape(shape, self.carried)
+
+    def whole(self, part: Part) -> dict[int, PyTree]:
+        """What is differentiated, of which a device may have a part only."""
+        gather = self.loop.gather
+        if gather is None or gather.gather == "once":
+            return self.live
+        return gather.whole(self.live, self.cuts, part.index)
 
     def begin(self) -> _Seen:
         dtype = jnp.promote_types(self.shape.value.dtype, jnp.float32)
@@ -226,7 +274,11 @@ class _Term:
                 value = value.astype(dtype) * seed
             return value, (taken, (loss, new))
 
-        out, grads = backward(fun, self.live, grads, in_place=self.loop.in_place)
+        gather, parts = self.loop.gather, None
+        if gather is not None and gather.reduce == "each":
+            parts = functools.partial(gather.parts, cuts=self.cuts)
+        live, in_place = self.whole(part), self.loop.in_place
+        out, grads = backward(fun, live, grads, in_place=in_place, parts=parts)
         loss, carried = out
         value, (weight, refused) = loss.value.astype(dtype), self.weigh(loss, part)
         if loss.weight is not None:
@@ -249,6 +301,12 @@ class _Term:
         weight = self.counted(loss.weight)
         return weight, (weight == 0) & (loss.weight != 0)
 
+    def over(self, axes: Axes, seen: _Seen) -> _Seen:
+        """What all devices have seen."""
+        refused = seen.refused.astype(seen.weight.dtype)  # for one reduction of all
+        value, weight, refused = axes.sum((seen.value, seen.weight, refused))
+        return _Seen(value, weight, refused > 0, self.reducer.over(axes, seen.aux))
+
     def end(self, seen: _Seen) -> Loss:
         value = seen.value
         if self.loop.mean:
@@ -260,7 +318,7 @@ class _Term:
         )
 
 
-def _normalise(terms: list[_Term], parts: Parts) -> jax.Array:
+def _normalise(terms: list[_Term], parts: Parts, axes: Axes | None) -> jax.Array:
     """Lets all weighted losses be divided by one number, () float, which it gives.
 
     Each loss is seeded with the ratio of that number, the least of the sums of weights,
@@ -271,12 +329,14 @@ def _normalise(terms: list[_Term], parts: Parts) -> jax.Array:
 
     def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
         def added(term: _Term, total: jax.Array) -> jax.Array:
-            loss, _ = term.read(term.live, part, term.carried)
+            loss, _ = term.read(term.whole(part), part, term.carried)
             return total + term.weigh(loss, part)[0]
 
         return [added(*pair) for pair in zip(terms, sums, strict=True)]
 
     sums = jnp.stack(parts.scan(body, [jnp.zeros((), float) for _ in terms]))
+    if axes is not None:
+        sums = axes.sum(sums)
     sums = jnp.where(sums != 0, sums, jnp.inf)  # of a loss that adds nothing
     least = jnp.min(sums)
     for term, total in zip(terms, sums, strict=True):
@@ -291,14 +351,28 @@ def live_part(tree: PyTree) -> PyTree:
 
 
 def backward(
-    fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree, *, in_place: bool
+    fun: Callable[[PyTree], Any],
+    params: PyTree,
+    sums: PyTree,
+    *,
+    in_place: bool,
+    parts: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[Any, PyTree]:
-    """`add_backward`, or its twin that carries the gradient tree."""
-    if in_place:
+    """`add_backward`, or its twin that carries the gradient tree.
+
+    `parts`: from the gradients to what is added, which is never in place.
+    """
+    if in_place and parts is None:
         return add_backward(fun, params, sums)
     value, vjp, (taken, aux) = jax.vjp(fun, params, has_aux=True)
     (grads,) = vjp(jnp.ones_like(value))
     weight = jnp.where(True if taken is None else taken, 1.0, 0.0)
+    if parts is not None:
+        # In the sums' precision, and without what is not to be added.
+        grads = jax.tree.map(
+            lambda g, s: jnp.where(weight != 0, g.astype(s.dtype), 0), grads, sums
+        )
+        grads, weight = parts(grads), jnp.ones_like(weight)
     before = Sums(sums, jnp.zeros((), float), {})
     after, _ = _TREES.add(before, grads, weight, {}, first=False, summed=True)
     return aux, after.grads

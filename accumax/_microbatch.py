@@ -6,13 +6,16 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from . import _numerics as numerics
 from . import _reduce
 from ._accumulator import Sums, accumulator, usable
 from ._arguments import Places, at, check_argnums
+from ._devices import Axes, AxisNames, MeshLike, check_axes
+from ._gather import When, check_gather, specs_of
 from ._loop import Carrying, Loop, live_part
-from ._split import split
+from ._split import Split, split
 from ._types import DTypeLike, PyTree
 
 Losses: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
@@ -33,6 +36,11 @@ def value_and_grad(
     accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
     unroll: int | bool = 1,
     in_place: bool = True,
+    reduce_axis: AxisNames | None = None,
+    mesh: MeshLike | None = None,
+    gather: When | None = None,
+    reduce: When | None = None,
+    param_specs: PyTree = None,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""`jax.value_and_grad` of the whole batch, at the memory of one microbatch.
 
@@ -49,6 +57,14 @@ def value_and_grad(
     device if the batch is sharded over as many as divide `microbatch_size`. If
     `microbatch_size` does not divide the batch, the last rows are a smaller microbatch,
     which is compiled besides.
+
+    With a batch that is sharded over the devices of a mesh, XLA decides when gradients
+    are reduced, and that may be in every microbatch. With `reduce_axis` each device
+    adds up its own, in a `jax.shard_map`, and they are reduced once at the end: sums of
+    losses, weights and gradients, so that weights may differ by device. The loss then
+    sees a device's rows of a microbatch, and may name the axis itself. Within a
+    `shard_map` of one's own over the same axes it does the same; all rows, and
+    `microbatch_size`, are then the device's.
 
     Jit what calls this, as with every `lax.scan`.
 
@@ -92,6 +108,23 @@ def value_and_grad(
       in_place: False selects the twin that carries a gradient tree through the scan. In
         float32 both agree to the bit, except for parameters that the loss uses more
         than once, whose contributions are added one by one.
+      reduce_axis: the mesh axis over which rows are divided and gradients reduced once,
+        or a tuple of several; other axes are left as they are. Its devices divide the
+        rows and `microbatch_size`, which counts those of all. Keys are folded with the
+        device's index. Of the aux, "last" is the last device's and "stack" has the
+        microbatches of one device after those of another.
+      mesh: the mesh; that of `jax.set_mesh` by default.
+      gather: for parameters (what is differentiated) that are sharded over
+        `reduce_axis`, FSDP: whole ones are gathered for "each" microbatch or "once" for
+        the call. None if every device has all of them.
+      reduce: with `gather`, when gradients are reduced to a device's part: "each"
+        microbatch (the default) or "once". Where both are "each", XLA does both, layer
+        by layer: least memory, most traffic, and the loss sees the rows of all devices
+        as without `reduce_axis`. For the others each device has whole parameters, and
+        a whole gradient, for a while.
+      param_specs: with `gather`, the `PartitionSpec`s of what is differentiated, a
+        prefix of it (of several arguments, a tuple). Needed under jit with automatic
+        axes, where types do not say them.
 
     Returns:
       A function of the arguments of `fun` that returns `(value, gradient)`, with aux
@@ -102,6 +135,8 @@ def value_and_grad(
     Raises:
       TypeError, ValueError: for the arguments above at once; at the call, before
         anything is computed, if it does not fit them. The message names the argument.
+        Within a `shard_map` that checks types (check_vma), a loss that is reduced
+        already is one of these.
 
     >>> import accumax, jax
     >>> import jax.numpy as jnp
@@ -132,6 +167,8 @@ def value_and_grad(
     divide = split(microbatch_size, microbatches, batch_argnums, rng_argnums, unroll)
     positions = check_argnums(argnums)
     several_args = not hasattr(argnums, "__index__")
+    axes = check_axes(reduce_axis, mesh)
+    gathering = check_gather(axes, gather, reduce, param_specs)
     accumulated = accumulator(reduction=reduction, dtype=accumulator_dtype)
     loop = Loop(
         losses=losses,
@@ -140,6 +177,8 @@ def value_and_grad(
         mean=reduction == "mean",
         aux=_reduce.check_each(aux, losses) if several else [_reduce.check(aux)],
         in_place=in_place,
+        axes=axes,
+        gather=gathering,
     )
     seeded = reduction == "mean" and not weighted
 
@@ -152,19 +191,60 @@ def value_and_grad(
                     f"Argument {n}, which is differentiated, holds no floating-point "
                     f"number: {numerics.outline(args[n])}."
                 )
-        parts = divide.parts(losses[0], places, args, kwargs)
+        cuts = None
+        if gathering is not None:
+            specs = gathering.specs
+            each = (
+                specs if several_args and specs is not None else [specs] * len(places)
+            )
+            cuts = tuple(
+                gathering.cuts(args[n], x) for n, x in zip(places, each, strict=True)
+            )
+            if gathering.automatic:
+                return run(loop.on_one, divide, places, cuts, carried, args, kwargs)
+        if axes is None or axes.inside:
+            return run(loop, divide, places, cuts, carried, args, kwargs)
+        for n in places if cuts is None else ():
+            axes.check_whole(f"Argument {n}", args[n])
+        own, by_place, named = divide.over(axes, losses[0], args, kwargs)
+        grads = PartitionSpec()
+        if cuts is not None:
+            by_place = list(by_place)
+            for n, cut in zip(places, cuts, strict=True):
+                by_place[n] = specs_of(cut, args[n])
+            grads = tuple(map(specs_of, cuts))
+            grads = grads if several_args else grads[0]
+        return axes.map(
+            functools.partial(run, loop, own, places, cuts),
+            (carried, args, kwargs),
+            (PartitionSpec(), tuple(by_place), named),
+            out_specs(axes, grads),
+        )
+
+    def run(
+        loop: Loop,
+        divide: Split,
+        places: tuple[int, ...],
+        cuts: tuple[PyTree, ...] | None,
+        carried: PyTree,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple[Any, PyTree]:
+        parts = divide.parts(losses[0], places, args, kwargs, loop.axes)
         live = tuple(live_part(args[n]) for n in places)
         out = loop.run(
             args,
             places,
             parts,
-            numerics.minus_zeros_like(accumulated.init(live).grads),
+            begin(loop, live, cuts),
             seed=lambda rows: rows / parts.unit if seeded else 1.0,
             # One that cannot be is not refused: there is no state to count it in.
             counted=lambda weight: jnp.where(usable(weight), weight, jnp.nan),
             carried=carried,
+            cuts=cuts,
         )
-        grads, _ = accumulated.result(Sums(out.grads, out.weight, {}))
+        sums = end(loop, out.grads, cuts)
+        grads, _ = accumulated.result(Sums(sums, out.weight, {}))
         grads = numerics.cast_like(grads, live)
 
         values = tuple(loss.value for loss in out.losses)
@@ -175,6 +255,28 @@ def value_and_grad(
             grads if several_args else grads[0],
         )
         return (out.carried, result) if carries else result
+
+    def begin(loop: Loop, live: PyTree, cuts: PyTree) -> PyTree:
+        if loop.gather is not None:
+            shapes = jax.eval_shape(accumulated.init, live).grads
+            return loop.gather.zeros(shapes, cuts)
+        return placed(numerics.minus_zeros_like(accumulated.init(live).grads), cuts)
+
+    def end(loop: Loop, sums: PyTree, cuts: PyTree) -> PyTree:
+        if loop.gather is not None:
+            return loop.gather.sum(sums, cuts)
+        if loop.axes is not None:
+            return loop.axes.sum(sums)
+        return placed(sums, cuts)
+
+    def placed(sums: PyTree, cuts: PyTree) -> PyTree:
+        return sums if gathering is None else gathering.placed(sums, cuts)
+
+    def out_specs(axes: Axes, grads: PyTree) -> Any:
+        everywhere = PartitionSpec()
+        each = tuple(_reduce.specs(how, axes) for how in loop.aux)
+        value = (everywhere, each if several else each[0]) if has_aux else everywhere
+        return (everywhere, (value, grads)) if carries else (value, grads)
 
     return functools.wraps(losses[0], updated=())(value_and_grad_fun)
 

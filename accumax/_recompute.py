@@ -14,6 +14,7 @@ from . import _numerics as numerics
 from . import _reduce
 from ._accumulator import Accumulator, accumulator
 from ._arguments import Place, Places
+from ._devices import typed_like
 from ._loop import backward
 from ._split import Part, Parts, split
 from ._types import DTypeLike, PyTree
@@ -199,7 +200,8 @@ def _gradient(
             return numerics.restore(tree[0], here), tree[1]
 
         live = with_rows(shared, here)
-        sums = with_rows(grads, numerics.minus_zeros_like(here))
+        zeros = typed_like(numerics.minus_zeros_like(here), here)
+        sums = with_rows(grads, zeros)
         _, sums = backward(product, live, sums, in_place=in_place)
         given = reducer.add(given, _where(rows, sums[0]), part, 1.0)
         return _where(shared, sums), given
@@ -209,6 +211,7 @@ def _gradient(
 
     reducer = _concatenated(rows_of, parts)
     grads = numerics.minus_zeros_like(accumulated.init(shared).grads)
+    grads = typed_like(grads, shared)
     grads, given = parts.scan(body, (grads, reducer.init()))
     grads = numerics.cast_like(grads, shared)
     return numerics.restore(grads[0], reducer.result(given, 1.0)), grads[1]

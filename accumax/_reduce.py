@@ -6,8 +6,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _numerics as numerics
+from ._devices import Axes, sharded
 from ._split import Part, Parts
 from ._types import ArrayLike, PyTree
 
@@ -64,6 +66,20 @@ class Reducer(NamedTuple):
         each = zip(self.leaves, sums, jax.tree.leaves(tree), strict=True)
         return [added(leaf, a, x) for leaf, a, x in each]
 
+    def over(self, axes: Axes, sums: list[Any]) -> list[Any]:
+        """What all devices have together. Rows and microbatches stay where they are."""
+
+        def reduced(leaf: Leaf, a: Any) -> Any:
+            match leaf.how:
+                case "mean" | "sum":
+                    return axes.sum(a)
+                case "last":
+                    return axes.last(a)
+            return a
+
+        pairs = zip(self.leaves, sums, strict=True)
+        return [reduced(leaf, a) for leaf, a in pairs]
+
     def result(self, sums: list[Any], weight: ArrayLike) -> PyTree:
         """The reduced tree; `weight` is that of all microbatches together."""
         weight = jnp.asarray(weight, float)
@@ -98,9 +114,9 @@ class Reducer(NamedTuple):
                 return jnp.zeros(shape, like.dtype)
             case "stack":
                 count = parts.count + (parts.tail > 0)
-                return jnp.zeros((count, *shape), like.dtype)
-        whole, rest = (parts.size, parts.count), (parts.tail,)
-        return tuple(jnp.zeros(s + shape[1:], like.dtype) for s in (whole, rest))
+                return _zeros(like, 0, (count, *shape))
+        whole = _zeros(like, 1, (parts.size, parts.count, *shape[1:]))
+        return whole, jnp.zeros((parts.tail, *shape[1:]), like.dtype)
 
 
 def check(reductions: PyTree) -> PyTree:
@@ -129,6 +145,14 @@ def check_each(reductions: PyTree, losses: Sequence[Any]) -> list[PyTree]:
             "functions. Pass one for each, or one for all that is not a tuple."
         )
     return [check(one) for one in reductions]
+
+
+def specs(reductions: PyTree, axes: Axes) -> PyTree:
+    """How the reduced trees of all devices make one: a prefix of it."""
+    every = ("stack", "concat")
+    return jax.tree.map(
+        lambda how: axes.rows if how in every else PartitionSpec(), reductions
+    )
 
 
 def reducer(
@@ -161,8 +185,9 @@ def reducer(
     ):
         where = f"aux{jax.tree_util.keystr(path)}"
         _check(where, how, like, tail, parts)
-        dtype = numerics.dtype_of(like)
-        leaves.append(Leaf(how, jax.ShapeDtypeStruct(like.shape, dtype)))
+        dtype, sharding = numerics.dtype_of(like), getattr(like, "sharding", None)
+        struct = jax.ShapeDtypeStruct(like.shape, dtype, sharding=sharding)
+        leaves.append(Leaf(how, struct))
     return Reducer(parts, structure, leaves)
 
 
@@ -195,6 +220,16 @@ def _check(
                 "needs one value a row, along the first axis. Choose "
                 '"stack" for one value a microbatch.'
             )
+
+
+def _zeros(like: jax.ShapeDtypeStruct, new: int, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros of `shape`, which has one axis more than `like`: that at `new`."""
+    zeros, sharding = jnp.zeros(shape, like.dtype), like.sharding
+    if isinstance(sharding, NamedSharding):
+        spec = [*sharding.spec]
+        spec.insert(new, None)
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    return sharded(zeros, sharding)
 
 
 def _sum_dtype(like: jax.ShapeDtypeStruct) -> Any:

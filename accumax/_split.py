@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from ._arguments import (
     Place,
@@ -17,6 +18,7 @@ from ._arguments import (
     check_rows,
     find,
 )
+from ._devices import Axes, explicit_axes, fitted, only
 from ._inplace import after
 from ._types import ArrayLike, PyTree
 
@@ -80,6 +82,8 @@ class Parts:
         def turn(carry: T, i: jax.Array) -> tuple[T, None]:
             return body(carry, self.part(i)), None
 
+        for part in self.each():
+            carry = fitted(lambda carry, part=part: body(carry, part), carry)
         with jax.named_scope("accumax.microbatches"):
             if self.unroll is True:
                 for i in range(self.count):
@@ -114,12 +118,60 @@ class Split:
     rng_argnums: tuple[Place, ...]
     unroll: int | bool
 
+    def over(
+        self,
+        axes: Axes,
+        fun: Callable[..., Any],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple["Split", tuple[PartitionSpec, ...], dict[str, PartitionSpec]]:
+        """Divides the rows of the call `fun(*args, **kwargs)` over the devices first.
+
+        Returns:
+          How each device divides its own, and how arguments and keywords are sharded.
+
+        Raises:
+          TypeError, ValueError: the call does not fit, or the devices do not divide it.
+        """
+        call = {**dict(enumerate(args)), **kwargs}
+        batches = find("batch_argnums", self.batch_argnums, fun, args, kwargs)
+        rows = check_rows({place: call[place] for place in batches})
+        count, size = axes.count, self.microbatch_size
+        over = f"the {count} devices along reduce_axis={axes.names}"
+        if rows % count:
+            raise ValueError(
+                f"The batch has {rows} rows, which {over} do not divide. Pass a "
+                f"multiple of {count} rows; a loss with weighted=True can give padding "
+                "no weight."
+            )
+        if size is None:
+            each = count * (self.microbatches or 1)
+            if rows % each:
+                raise ValueError(
+                    f"The batch has {rows} rows, which {over} times "
+                    f"microbatches={self.microbatches}, that is {each}, do not divide. "
+                    f"Pass a multiple of {each} rows, or microbatch_size."
+                )
+        elif size % count:
+            raise ValueError(
+                f"microbatch_size={size} counts the rows of a microbatch on all "
+                f"devices, and {over} do not divide it. Pass a multiple of {count}."
+            )
+        own = dataclasses.replace(self, microbatch_size=size and size // count)
+        specs = {p: axes.rows if p in batches else PartitionSpec() for p in call}
+        return (
+            own,
+            tuple(specs[n] for n in range(len(args))),
+            {name: specs[name] for name in kwargs},
+        )
+
     def parts(
         self,
         fun: Callable[..., Any],
         argnums: tuple[int, ...],
         args: tuple,
         kwargs: dict[str, Any],
+        axes: Axes | None = None,
     ) -> Parts:
         """Divides the call `fun(*args, **kwargs)`, differentiated at `argnums`.
 
@@ -127,6 +179,8 @@ class Split:
         over devices, each microbatch is then sharded alike and no row moves, if their
         number divides `microbatch_size` and there is no tail; a microbatch of
         consecutive rows would be on one device. The tail has the last rows.
+
+        With `axes`, these are a device's own rows, and its keys differ from others'.
 
         Raises:
           TypeError, ValueError: the call does not fit.
@@ -153,8 +207,12 @@ class Split:
         rows = check_rows({place: call[place] for place in batches})
         for place in keys:
             check_keys(place, call[place])
+        if axes is not None:
+            call |= {place: fold_in(call[place], axes.index()) for place in keys}
         size, count = self._sizes(rows)
         tail = rows - size * count
+        if tail:
+            _check_tail([call[place] for place in batches], rows, size)
 
         def divide(tree: PyTree) -> Callable[[ArrayLike, bool], PyTree]:
             tree = jax.tree.map(jnp.asarray, tree)
@@ -253,6 +311,21 @@ def split(
     if not isinstance(unroll, bool):
         unroll = check_positive("unroll", unroll)
     return Split(microbatch_size, microbatches, batch, keys, unroll)
+
+
+def _check_tail(batches: PyTree, rows: int, size: int) -> None:
+    for x in jax.tree.leaves(batches):
+        sharding = jax.typeof(jnp.asarray(x)).sharding
+        axes = explicit_axes(sharding.mesh)
+        first = only(PartitionSpec(*sharding.spec[:1]), axes)
+        if any(first):
+            raise ValueError(
+                f"The batch has {rows} rows, which microbatch_size={size} does not "
+                f"divide, and they are sharded over the explicit axes {first[0]}: "
+                "rows would have to leave their devices. Choose a microbatch_size that "
+                "divides them, or pass reduce_axis, with which each device divides "
+                "its own."
+            )
 
 
 def fold_in(keys: PyTree, i: ArrayLike) -> PyTree:

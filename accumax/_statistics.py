@@ -26,8 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from . import _numerics as numerics
+from ._devices import Axes
+from ._state import AccumulateState, accepted
 from ._types import ArrayLike, PyTree
-from ._window import AccumulateState, accepted
 
 
 class Pool(NamedTuple):
@@ -94,6 +95,30 @@ def add(pool: Pool, statistics: PyTree, weight: ArrayLike) -> Pool:
     spreads = [spread(*pair) for pair in zip(pool.spread, places, strict=True)]
     mean = jax.tree.structure(pool.mean).unflatten(means)
     return Pool(pool.found, mean, spreads, total)
+
+
+def over(axes: Axes, pool: Pool) -> Pool:
+    """The pool of the microbatches of all devices, from those of each."""
+    some, weight = pool.weight > 0, pool.weight
+    total = axes.sum(weight)
+    factor = 1 / jnp.where(total > 0, total, 1)
+
+    def mean(x: jax.Array) -> jax.Array:
+        if not numerics.is_differentiable(x):
+            return axes.last(x)
+        share = jnp.where(some, weight.astype(x.dtype) * x, 0)
+        return axes.sum(share) * factor.astype(x.dtype)
+
+    means = jax.tree.map(mean, pool.mean)
+    olds, news = jax.tree.leaves(pool.mean), jax.tree.leaves(means)
+
+    def spread(spread: jax.Array, m: int) -> jax.Array:
+        more = weight.astype(spread.dtype) * (olds[m] - news[m]) ** 2
+        return axes.sum(jnp.where(some, spread + more, 0))
+
+    places = [m for m, _ in pairs(pool.found).values()]
+    spreads = [spread(*pair) for pair in zip(pool.spread, places, strict=True)]
+    return Pool(pool.found, means, spreads, total)
 
 
 def result(pool: Pool, statistics: PyTree, momenta: tuple[float, ...]) -> PyTree:

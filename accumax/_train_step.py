@@ -2,22 +2,22 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
-from . import _loss, _reduce
-from . import _numerics as numerics
-from ._accumulator import Accumulator, check_weight, counts
-from ._arguments import Places, parameters
-from ._inplace import add_backward, reset
-from ._loop import Carrying, Loop, live_part
-from ._loss import Loss
-from ._split import Split, split
+from . import _reduce
+from ._accumulator import check_weight
+from ._arguments import Places, check_flush, parameters
+from ._backward import at_once, by_microbatch
+from ._devices import Axes, AxisNames, MeshLike, check_axes
+from ._gather import When, check_gather
+from ._loop import Carrying, Loop
+from ._split import split
+from ._state import AccumulateState, gradient_of
 from ._types import ArrayLike, PyTree
-from ._window import AccumulateState, check_flush, gradient_of, window_of
+from ._window import Window, window_of
 
 
 def apply_gradients(
@@ -87,6 +87,11 @@ def train_step(
     rng_argnums: Places = (),
     aux: PyTree = "mean",
     in_place: bool = True,
+    reduce_axis: AxisNames | None = None,
+    mesh: MeshLike | None = None,
+    gather: When | None = None,
+    reduce: When | None = None,
+    param_specs: PyTree = None,
 ) -> Callable[..., tuple[PyTree, AccumulateState, Any]]:
     """A training step whose backward pass adds into the accumulator; no gradient tree.
 
@@ -122,6 +127,13 @@ def train_step(
         `accumax.value_and_grad`: positions among `loss_fn`'s arguments, of which
         `params` is number 0. Static.
       in_place: False selects the twin that carries the gradient tree. Static.
+      reduce_axis, mesh: as for `accumax.value_and_grad`, with or without
+        `microbatch_size`, which counts the rows of all devices; by default those of
+        `tx`. If `tx` has them, gradients are reduced once in a window, by the call that
+        closes it; if only the step has them, once in every call. Loss and aux come from
+        all devices, `weight` is that of all. Static, as are the following.
+      gather, reduce, param_specs: as for `accumax.value_and_grad`, where `tx` has no
+        `reduce_axis`: sums and optimizer state are then sharded as the parameters are.
 
     Returns:
       `step(params, opt_state, *args, **extra_args) -> (params, opt_state, loss)`, or
@@ -158,9 +170,17 @@ def train_step(
         raise TypeError(
             f"loss_fn={loss_fn!r} must be a function (params, *args) -> loss."
         )
+    axes = _axes(window, reduce_axis, mesh)
+    gathered = check_gather(axes, gather, reduce, param_specs)
+    if gathered is not None and window.axes is not None:
+        raise ValueError(
+            f"{gather=} is for parameters that no device has whole, and an accumulate "
+            f"with reduce_axis={window.axes.names} keeps a whole sum on each. Leave "
+            "reduce_axis to train_step, which then reduces in every call."
+        )
     carried = not in_place or window.accumulator.nonfinite != "propagate"
     names, carries = set(parameters(loss_fn)), isinstance(loss_fn, Carrying)
-    if microbatch_size is None:
+    if microbatch_size is None and axes is None:
         # A loss that carries a state may weigh it by the rows of the batch.
         places = 1 if carries else batch_argnums
         if (places, rng_argnums, aux) != (1, (), "mean"):
@@ -168,7 +188,7 @@ def train_step(
                 f"{batch_argnums=}, {rng_argnums=} and {aux=} are for microbatches, "
                 "and there are none. Pass microbatch_size."
             )
-        backward = _at_once(loss_fn, has_aux, weighted)
+        backward = at_once(loss_fn, has_aux, weighted)
     else:
         accumulator = window.accumulator
         loop = Loop(
@@ -178,9 +198,12 @@ def train_step(
             mean=weighted or accumulator.reduction == "mean",
             aux=[_reduce.check(aux)],
             in_place=in_place,
+            axes=axes,
+            gather=gathered,
         )
-        divide = split(microbatch_size, None, batch_argnums, rng_argnums)
-        backward = _by_microbatch(loop, divide, accumulator)
+        count = 1 if microbatch_size is None else None
+        divide = split(microbatch_size, count, batch_argnums, rng_argnums)
+        backward = by_microbatch(loop, divide, accumulator, window.axes is not None)
 
     def step(
         params: PyTree,
@@ -205,10 +228,9 @@ def train_step(
             )
         model = gradient_of(params)
         first, sums = opt_state.mini_step == 0, window.sums(opt_state)
-        add = window.accumulator.add
         if carried or weight is not None:
             loss, grads, usable = backward.gradient(model, args)
-            add = functools.partial(add, grads=grads, summed=weighted)
+            add = functools.partial(window.add_own, grads=grads, summed=weighted)
         else:
             loss, grads, usable = backward.add(model, args, sums.grads, first)
             sums, add = sums._replace(grads=grads), window.accumulator.tally
@@ -231,82 +253,13 @@ def train_step(
     return step
 
 
-class _Backward(NamedTuple):
-    """The backward pass of a call. The loss that comes with it is a mean if weighted.
-
-    Attributes:
-      gradient: `(model, args) -> (loss, grads, usable)`; usable, () bool: false if a
-        microbatch was left out for its weight.
-      add: `(model, args, sums, first) -> (loss, sums, usable)`: in place.
-    """
-
-    gradient: Callable[[PyTree, tuple], tuple[Loss, PyTree, ArrayLike]]
-    add: Callable[..., tuple[Loss, PyTree, ArrayLike]]
-
-
-def _at_once(loss_fn: Callable[..., Any], has_aux: bool, weighted: bool) -> _Backward:
-    carries = isinstance(loss_fn, Carrying)
-
-    def of(model: PyTree, args: tuple) -> Callable[[PyTree], tuple[jax.Array, Any]]:
-        def fun(live: PyTree) -> tuple[jax.Array, Any]:
-            here = numerics.restore(live, model)
-            # What is carried comes first.
-            call = (args[0], here, *args[1:]) if carries else (here, *args)
-            out = loss_fn(*call)
-            loss = _loss.read(out, has_aux=has_aux or carries, weighted=weighted)
-            taken = None if loss.weight is None else counts(loss.weight)
-            return loss.value, (taken, loss._replace(value=loss.mean()))
-
-        return fun
-
-    def gradient(model: PyTree, args: tuple) -> tuple[Loss, PyTree, ArrayLike]:
-        live = live_part(model)
-        value, vjp, (_, loss) = jax.vjp(of(model, args), live, has_aux=True)
-        return loss, vjp(jnp.ones_like(value))[0], True
-
-    def add(
-        model: PyTree, args: tuple, sums: PyTree, first: jax.Array
-    ) -> tuple[Loss, PyTree, ArrayLike]:
-        loss, sums = add_backward(of(model, args), live_part(model), sums, first)
-        return loss, sums, True
-
-    return _Backward(gradient, add)
-
-
-def _by_microbatch(loop: Loop, divide: Split, accumulator: Accumulator) -> _Backward:
-    def run(
-        model: PyTree, args: tuple, grads: PyTree
-    ) -> tuple[Loss, PyTree, ArrayLike]:
-        carried, args = (args[0], args[1:]) if loop.carries else (None, args)
-        call = model, *args
-        parts = divide.parts(loop.losses[0], (0,), call, {})
-        # The call stands for what it would without microbatches: for one mean.
-        averaged = loop.mean and not loop.weighted
-
-        def seed(rows: int) -> float:
-            return rows / parts.rows if averaged else 1.0
-
-        out = loop.run(
-            call,
-            (0,),
-            parts,
-            (grads,),
-            seed=seed,
-            counted=lambda weight: jnp.where(counts(weight), weight, 0),
-            carried=carried,
+def _axes(window: Window, reduce_axis: Any, mesh: Any) -> Axes | None:
+    axes = check_axes(reduce_axis, mesh)
+    if window.axes is None or axes is None:
+        return window.axes if axes is None else axes
+    if window.axes.names != axes.names:
+        raise ValueError(
+            f"reduce_axis={axes.names}, where the accumulate has reduce_axis="
+            f"{window.axes.names}. Pass the same, or pass it to the accumulate alone."
         )
-        (loss,) = out.losses
-        if loop.carries:
-            loss = loss._replace(aux=(out.carried, loss.aux))
-        return loss, out.grads[0], out.accepted
-
-    def gradient(model: PyTree, args: tuple) -> tuple[Loss, PyTree, ArrayLike]:
-        zeros = numerics.minus_zeros_like(accumulator.init(model).grads)
-        return run(model, args, zeros)
-
-    def add(
-        model: PyTree, args: tuple, sums: PyTree, first: jax.Array
-    ) -> tuple[Loss, PyTree, ArrayLike]:
-        return run(model, args, reset(sums, first)[0])
-
-    return _Backward(gradient, add)
+    return axes if axes.mesh is not None else window.axes

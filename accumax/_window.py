@@ -1,54 +1,23 @@
-"""A window across calls: its state, and the steps that the forms of a call share."""
+"""A window across calls: the steps that the forms of a call share."""
 
 import dataclasses
+import functools
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from . import _numerics as numerics
 from ._accumulator import Accumulator, Sums, check_weight
+from ._arguments import check_averaged, check_flush, check_length
+from ._devices import Axes, stacked, unstacked
 from ._inplace import at_most_once
+from ._state import AccumulateState, Progress, gradient_of, is_state
 from ._types import ArrayLike, PyTree, Schedule
-
-
-class AccumulateState(NamedTuple):
-    """State of `accumulate`: arrays only, so it can be saved, donated and sharded.
-
-    Attributes:
-      mini_step: () int32, the calls that the open window has counted; 0 if none is
-        open.
-      gradient_step: () int32, the updates applied so far.
-      inner_opt_state: the state of the wrapped transformation.
-      acc_grads: the open window's gradient sum, shaped as the parameters, accumulator
-        dtype. Stale while `mini_step` is 0: the next window overwrites it.
-      acc_weight: () float, the open window's sum of weights; 0 while none is open.
-      acc_args: the open window's weighted sums of `averaged_args`, () float each.
-      emitted: () bool, whether the latest call applied an update; see `has_updated`.
-      skipped: () int32, the calls whose gradient or weight was refused so far.
-
-    The counts stop at the largest int32 and never overflow.
-    """
-
-    mini_step: jax.Array
-    gradient_step: jax.Array
-    inner_opt_state: Any
-    acc_grads: PyTree
-    acc_weight: jax.Array
-    acc_args: dict[str, jax.Array]
-    emitted: jax.Array
-    skipped: jax.Array
-
-
-class Progress(NamedTuple):
-    """Where a window stands after a call: () int32, () int32 and () bool."""
-
-    mini_step: jax.Array
-    skipped: jax.Array
-    closes: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +27,16 @@ class Window:
     inner: optax.GradientTransformationExtraArgs
     every: ArrayLike | Schedule
     accumulator: Accumulator
+    axes: Axes | None = None  # over whose devices an open window's sums are
 
     def init(self, params: PyTree) -> AccumulateState:
-        sums = self.accumulator.init(gradient_of(params))
+        grads = gradient_of(params)
+        if self.axes is None:
+            sums = self.accumulator.init(grads)
+        else:
+            sums = jax.eval_shape(self.accumulator.init, grads)
+            own = self.axes.zeros(sums.grads, grads)
+            sums = self.accumulator.init({})._replace(grads=own)
         inner_state = self.inner.init(numerics.differentiable(params))
         return AccumulateState(
             mini_step=jnp.zeros((), jnp.int32),
@@ -89,12 +65,15 @@ class Window:
         flush = check_flush(flush)
         sums, progress = self.add(state, updates, weight, flush, extra_args)
         params = numerics.differentiable(params)
-        grads = numerics.differentiable(updates)
+        grads = like = numerics.differentiable(updates)
+        if self.axes is not None:  # what `inner` sees is the same on all devices
+            like = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, g.dtype), grads)
         # The dtypes are those of the big batch: what `inner` gives for such gradients.
-        like = self.emits(grads, state.inner_opt_state, params, extra_args | sums.args)
+        like = self.emits(like, state.inner_opt_state, params, extra_args | sums.args)
 
         def emit(operand: Any) -> Any:
             sums, inner_state, params = operand
+            sums = sums._replace(grads=self.together(sums.grads)[1])
             emitted, inner_state = self.run(sums, inner_state, params, extra_args)
             return numerics.cast_like(emitted, like), inner_state
 
@@ -119,17 +98,81 @@ class Window:
     ) -> tuple[Sums, Progress]:
         """One gradient into the window, whether it closes then or not."""
         weight = check_weight(weight)
+        grads = numerics.differentiable(grads)
+        axes, over = self.axes, {}
+        if axes is not None:
+            if not axes.inside:
+                raise TypeError(
+                    f"accumulate(..., reduce_axis={axes.names}) keeps the sums of the "
+                    "devices apart, and outside of a jax.shard_map over them there is "
+                    "one gradient for all. Call this within one, or use "
+                    "accumax.train_step, or leave reduce_axis away."
+                )
+            axes.check_own("grads", grads)
+            over = {"agree": axes.all, "total": axes.sum}
         sums, accepted = self.accumulator.add(
             self.sums(state),
-            numerics.differentiable(grads),
+            grads,
             weight,
             extra_args,
             first=state.mini_step == 0,
+            **over,
         )
         return sums, self.progress(state, accepted, flush)
 
     def sums(self, state: AccumulateState) -> Sums:
-        return Sums(state.acc_grads, state.acc_weight, state.acc_args)
+        """The open window's, on one of several devices its own."""
+        grads = state.acc_grads
+        if self.axes is not None and self.axes.inside:
+            grads = unstacked(grads)
+        return Sums(grads, state.acc_weight, state.acc_args)
+
+    def add_own(
+        self,
+        sums: Sums,
+        grads: PyTree,
+        weight: ArrayLike,
+        args: dict[str, Any],
+        *,
+        first: jax.Array,
+        summed: bool,
+    ) -> tuple[Sums, jax.Array]:
+        """`Accumulator.add` of the shares of all devices, if `axes` are given."""
+        axes, add = self.axes, self.accumulator.add
+        if axes is None:
+            return add(sums, grads, weight, args, first=first, summed=summed)
+        add = functools.partial(add, summed=summed, agree=axes.all)
+        if axes.inside:
+            return add(sums, grads, weight, args, first=first)
+
+        def on_device(
+            sums: Sums, grads: PyTree, weight: Any, args: Any, first: Any
+        ) -> Any:
+            sums = sums._replace(grads=unstacked(sums.grads))
+            sums, ok = add(sums, unstacked(grads), weight, args, first=first)
+            return sums._replace(grads=stacked(sums.grads)), ok
+
+        same: Any = PartitionSpec()
+        each = Sums(axes.rows, same, same)
+        args = {name: args[name] for name in self.accumulator.averaged_args}
+        operands = sums, grads, jnp.asarray(weight), args, first
+        specs = each, axes.rows, same, same, same
+        return axes.map(on_device, operands, specs, (each, same))
+
+    def together(self, grads: PyTree) -> tuple[PyTree, PyTree]:
+        """The sum of all devices: as `grads`, their own, is, and as a gradient is."""
+        axes = self.axes
+        if axes is None:
+            return None, grads
+        if axes.inside:
+            total = axes.sum(grads)
+            return axes.vary(total), total
+
+        def on_device(grads: PyTree) -> PyTree:
+            total = axes.sum(unstacked(grads))
+            return stacked(total), total
+
+        return axes.map(on_device, (grads,), (axes.rows,), (axes.rows, PartitionSpec()))
 
     def progress(
         self, state: AccumulateState, accepted: jax.Array, flush: ArrayLike
@@ -219,23 +262,29 @@ class Window:
         """The boundary in place: touches nothing unless the window closes."""
         live = jax.tree.map(numerics.strong, numerics.differentiable(params))
         grads = jax.tree.map(
-            lambda a, p: jax.ShapeDtypeStruct(a.shape, p.dtype),
+            lambda _, p: jax.ShapeDtypeStruct(p.shape, p.dtype),
             sums.grads,
             gradient_of(live),
         )
         like = self.emits(grads, state.inner_opt_state, live, extra_args | sums.args)
 
         def apply(carry: Any) -> Any:
-            params, inner_state = carry
-            updates, inner_state = self.run(sums, inner_state, params, extra_args)
+            params, inner_state, own = carry
+            own, grads = self.together(sums.grads if own is None else own)
+            total = sums._replace(grads=grads)
+            updates, inner_state = self.run(total, inner_state, params, extra_args)
             updates = numerics.cast_like(updates, like)
-            return optax.apply_updates(params, updates), inner_state
+            return optax.apply_updates(params, updates), inner_state, own
 
         applies = progress.closes & (sums.weight > 0)
+        # Sums that are to be reduced go through the loop, to be reduced in place. Those
+        # that are only read do not: on a GPU they would be copied.
+        own = None if self.axes is None else sums.grads
         with jax.named_scope("accumax.boundary"):
-            live, inner_state = at_most_once(
-                applies, apply, (live, state.inner_opt_state)
+            live, inner_state, own = at_most_once(
+                applies, apply, (live, state.inner_opt_state, own)
             )
+        sums = sums if own is None else sums._replace(grads=own)
         new_state = self.next(state, sums, inner_state, progress, applies)
         return numerics.restore(live, params), new_state
 
@@ -247,12 +296,14 @@ class Window:
         progress: Progress,
         applies: jax.Array,
     ) -> AccumulateState:
-        step = state.gradient_step
+        step, grads = state.gradient_step, sums.grads
+        if self.axes is not None and self.axes.inside:
+            grads = stacked(grads)
         return AccumulateState(
             mini_step=jnp.where(progress.closes, 0, progress.mini_step),
             gradient_step=jnp.where(applies, optax.safe_increment(step), step),
             inner_opt_state=inner_state,
-            acc_grads=sums.grads,  # not reset: the next window overwrites it
+            acc_grads=grads,  # not reset: the next window overwrites it
             acc_weight=jnp.where(progress.closes, 0, sums.weight),
             acc_args=sums.args,
             emitted=applies,
@@ -271,9 +322,12 @@ class Window:
                 f"state is a {type(state).__name__}, not an AccumulateState. Pass what "
                 "init of this accumulate returned, or its last update."
             )
+        like = state.acc_grads
+        if self.axes is not None and trees:
+            like = self.axes.each("state.acc_grads", like)
         for name, tree in trees.items():
             tree = gradient_of(tree)
-            numerics.check_like(name, tree, state.acc_grads, "state.acc_grads")
+            numerics.check_like(name, tree, like, "state.acc_grads")
         names = self.accumulator.averaged_args
         if set(names) != set(state.acc_args):
             raise TypeError(
@@ -283,7 +337,7 @@ class Window:
             )
         if extra_args is not None:
             for name in names:
-                _check_averaged(name, extra_args)
+                check_averaged(name, extra_args)
 
 
 def window_of(tx: Any, name: str) -> Window:
@@ -301,63 +355,3 @@ def window_of(tx: Any, name: str) -> Window:
 def is_accumulate(tx: Any) -> bool:
     window = getattr(getattr(tx, "update", None), "__self__", None)
     return isinstance(window, Window)
-
-
-def check_flush(flush: Any) -> ArrayLike:
-    if numerics.dtype_of(flush) != jnp.bool_ or jnp.shape(flush) != ():
-        raise TypeError(
-            f"flush is {numerics.describe(flush)}; expected a scalar bool: whether to "
-            "close the window with this call."
-        )
-    return flush
-
-
-def is_state(x: Any) -> bool:
-    return isinstance(x, AccumulateState)
-
-
-def accepted(before: AccumulateState, after: AccumulateState) -> jax.Array:
-    """() bool: whether the call between them was not refused."""
-    return before.skipped == after.skipped
-
-
-def gradient_of(params: PyTree) -> PyTree:
-    """The part of `params` that gradients are shaped like."""
-    # `optax.lookahead` alone takes gradients of a part, the fast parameters.
-    return params.fast if isinstance(params, optax.LookaheadParams) else params
-
-
-def check_length(length: Any) -> ArrayLike:
-    dtype = numerics.dtype_of(length)
-    if (
-        dtype is None
-        or jnp.shape(length) != ()
-        or not (
-            jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
-        )
-    ):
-        raise TypeError(
-            f"every gives {numerics.describe(length)} for a window's length; expected "
-            "a scalar integer of at least 1."
-        )
-    return length
-
-
-def _check_averaged(name: str, extra_args: dict[str, Any]) -> None:
-    if name not in extra_args:
-        raise TypeError(
-            f'averaged_args has "{name}", which this call does not pass (it passes '
-            f"{sorted(extra_args) or 'no extra arguments'}). Pass {name}=... in every "
-            "call."
-        )
-    value = extra_args[name]
-    dtype = numerics.dtype_of(value)
-    if (
-        dtype is None
-        or jnp.shape(value) != ()
-        or jnp.issubdtype(dtype, jnp.complexfloating)
-    ):
-        raise TypeError(
-            f'averaged_args has "{name}", which is {numerics.describe(value)}; '
-            "expected a real scalar."
-        )

@@ -16,12 +16,12 @@ from . import _numerics as numerics
 from ._accumulate import accumulating, flush
 from ._arguments import Places, check_names, check_places
 from ._ema import ema as ema
-from ._handing import Handing
+from ._handing import Given, Handing
 from ._split import fold_in
+from ._state import AccumulateState, accepted
 from ._train_step import apply_gradients
 from ._train_step import train_step as core_step
 from ._types import ArrayLike, PyTree, Schedule
-from ._window import AccumulateState, accepted
 
 STATISTICS = "batch_stats"  # Flax's name for the collection of running statistics
 
@@ -197,6 +197,7 @@ class TrainState(train_state.TrainState):
         rng_argnums: Places = (),
         aux: PyTree = "mean",
         in_place: bool = True,
+        **devices: Any,
     ) -> Callable[..., tuple[Self, Any]]:
         """`accumax.train_step` for a state: no gradient tree.
 
@@ -215,6 +216,9 @@ class TrainState(train_state.TrainState):
             `accumax.train_step`.
           batch_argnums: also says, if `batch_stats` is mutable, where the rows are by
             whose number it is weighed.
+          **devices: `reduce_axis` and what goes with it, as for `accumax.train_step`.
+            Statistics are those of all devices' rows, and keys differ by device; of
+            other mutable fields the last device's are kept.
 
         Returns:
           `step(state, *args, **extra_args) -> (state, loss)`, or `(state, (loss,
@@ -263,17 +267,19 @@ class TrainState(train_state.TrainState):
                     f"state.params has {OVERWRITE_WITH_GRADIENT!r}, whose gradients "
                     "are new values and not to be added up. Use apply_gradients."
                 )
-            own = {name: getattr(state, name) for name in (*read, *keys)}
-            for name in keys:
-                own[name] = fold_in(own[name], state.microstep)
+            own = {name: getattr(state, name) for name in read}
+            fold = functools.partial(fold_in, i=state.microstep)
+            folded = {name: fold(getattr(state, name)) for name in keys}
             statistics = getattr(state, STATISTICS) if pooled else {}
             state._check(statistics if pooled else None)
 
-            def run(rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-                others, i = rest
-                here = own | others | ({STATISTICS: statistics} if pooled else {})
+            def run(
+                given: Given, rest: Any, args: tuple, kwargs: dict[str, Any]
+            ) -> Any:
+                (others, i), here = rest, given.fields | given.keys
                 if microbatch_size is not None:
-                    here |= {name: fold_in(own[name], i) for name in keys}
+                    here |= {name: fold_in(here[name], i) for name in keys}
+                here |= others | ({STATISTICS: given.statistics} if pooled else {})
                 out = loss_fn(*args, **kwargs, **here)
                 form = has_aux or bool(kept)
                 loss = _loss.read(out, has_aux=form, weighted=weighted)
@@ -284,7 +290,8 @@ class TrainState(train_state.TrainState):
                 return loss, statistics_, (others, i + 1)
 
             rest = {n: getattr(state, n) for n in kept if n != STATISTICS}
-            handing = Handing(statistics, (rest, jnp.zeros((), jnp.int32)), run)
+            given = Given(statistics, own, folded)
+            handing = Handing(given, (rest, jnp.zeros((), jnp.int32)), run)
             carrying, first = handing.carrying(loss_fn, places)
             core = core_step(
                 carrying,
@@ -296,6 +303,7 @@ class TrainState(train_state.TrainState):
                 rng_argnums=rng_argnums,
                 aux=aux,
                 in_place=in_place,
+                **devices,
             )
             params, opt_state, (loss, (carried, extra)) = core(
                 state.params, state.opt_state, first, *args, **extra_args

@@ -14,9 +14,9 @@ from . import _numerics as numerics
 from ._accumulate import accumulating, flush
 from ._arguments import Place, Places, at, check_argnums, check_places
 from ._ema import ema as ema
-from ._handing import Handing
+from ._handing import Given, Handing
+from ._state import AccumulateState, accepted
 from ._types import ArrayLike, PyTree, Schedule
-from ._window import AccumulateState, accepted
 
 
 class Optimizer(nnx.Optimizer):
@@ -329,10 +329,10 @@ class _Modules:
     ) -> Handing:
         """`fun` as a function of `args`, `kwargs` and the state of the modules."""
 
-        def run(rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def run(given: Given, rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
             lives = [nnx.State({i: call[place]}) for place, i in self.live.items()]
-            nodes = nnx.merge(self.graphdef, *lives, self.statistics, rest)
+            nodes = nnx.merge(self.graphdef, *lives, given.statistics, rest)
             call |= dict(zip(self.places, nodes, strict=True))
             args = tuple(call[n] for n in range(len(args)))
             out = fun(*args, **{name: call[name] for name in kwargs})
@@ -349,7 +349,7 @@ class _Modules:
                 )
             return loss, statistics, rest
 
-        return Handing(self.statistics, self.rest, run)
+        return Handing(Given(self.statistics), self.rest, run)
 
     def write(self, handing: Handing, carried: Any, taken: Any) -> jax.Array:
         """Writes what the last microbatch handed on, and returns the rows of all."""

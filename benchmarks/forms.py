@@ -125,7 +125,7 @@ def train_steps(
     """
     tx = accumax.accumulate(inner, EVERY)
 
-    def fused(loss: Callable[..., Any], **options: bool) -> Form:
+    def fused(loss: Callable[..., Any], **options: Any) -> Form:
         return Form(accumax.train_step(loss, tx, **options), tx.init)
 
     gradient = jax.value_and_grad(loss)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import accumax
 from accumax import _statistics as statistics
-from accumax._window import AccumulateState
+from accumax._state import AccumulateState
 
 START = {"norm": {"mean": np.array([3.0, -1.0]), "var": np.array([2.0, 0.5])}}
 

@@ -1,0 +1,400 @@
+"""Mesh axes over which the rows of a batch are divided and gradients are summed."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from . import _numerics as numerics
+from ._types import PyTree
+
+T = TypeVar("T")
+
+# A mesh axis or several, as users write it.
+AxisNames: TypeAlias = str | Sequence[str]
+MeshLike: TypeAlias = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The mesh axes of a `reduce_axis`. A *device* is one position along all of them.
+
+    Attributes:
+      names: the axes, the major one first.
+      mesh: the mesh, None for the ambient one.
+    """
+
+    names: tuple[str, ...]
+    mesh: MeshLike | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether what is traced runs on one device: in a `jax.shard_map` over them."""
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        here = [name for name in self.names if name in manual]
+        if here and len(here) < len(self.names):
+            raise ValueError(
+                f"reduce_axis={self.names}, of which this shard_map is over {here} "
+                "only. Let it be over all of them, or over none."
+            )
+        return bool(here)
+
+    @property
+    def count(self) -> int:
+        """The number of devices.
+
+        Raises:
+          ValueError: there is no mesh, or it lacks an axis.
+        """
+        mesh = self.where()
+        return math.prod(mesh.shape[name] for name in self.names)
+
+    @property
+    def rows(self) -> PartitionSpec:
+        """How an array is sharded that has rows of all devices along its first axis."""
+        return PartitionSpec(self.names)
+
+    def index(self) -> jax.Array:
+        """() int32: which device this is. Only `inside`."""
+        return lax.axis_index(self.names)
+
+    def sum(self, tree: T) -> T:
+        """The sum over the devices of what each has, in one reduction. `inside`."""
+        with jax.named_scope("accumax.reduce"):
+            return lax.psum(self.vary(tree), self.names)
+
+    def last(self, x: jax.Array) -> jax.Array:
+        """`x` as the last device has it. `inside`."""
+        dtype = x.dtype
+        if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+            impl = jax.random.key_impl(x)
+            data = self.last(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=impl)
+        if dtype == jnp.bool_:
+            return self.last(x.astype(jnp.int32)) != 0
+        own = self.index() == self.count - 1
+        return self.sum(jnp.where(own, x, numerics.minus_zero(dtype)))
+
+    def all(self, pred: jax.Array) -> jax.Array:
+        """bool, each whether it is true on all devices. `inside`."""
+        return self.sum(jnp.float32(~pred)) == 0
+
+    def vary(self, tree: T) -> T:
+        """`tree`, as a value that each device may have another one of. `inside`.
+
+        With respect to such a value, a gradient is the device's own. JAX reduces the
+        others', in every backward pass.
+        """
+        names = frozenset(filter(_is_checked, self.names))
+        return jax.tree.map(lambda x: _vary(x, names), tree)
+
+    def check_own(self, what: str, tree: PyTree) -> None:
+        """Checks that `tree` was not reduced before. `inside`.
+
+        Under check_vma=False JAX does not say, and this cannot see it.
+
+        Raises:
+          ValueError: it was.
+        """
+        for name in filter(_is_checked, self.names):
+            for path, x in jax.tree_util.tree_leaves_with_path(tree):
+                if name not in varying(x):
+                    raise ValueError(
+                        f"{what}{jax.tree_util.keystr(path)} is the same on all "
+                        f"devices of {name!r}: it is reduced already, and would be "
+                        f"counted {self.count} times. Pass each device's own: "
+                        "differentiate with respect to jax.lax.pcast(params, "
+                        f'{name!r}, to="varying"), and leave psum and pmean to '
+                        "accumax."
+                    )
+
+    def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
+        """`fun(*args)` on each device, which then is `inside`.
+
+        `specs`, `out`: of the arguments and of the results, prefix trees, with names of
+        `self` only: the mesh's other axes stay as they are.
+
+        Leaves that are no arrays reach `fun` as they are.
+        """
+        mesh, nested = self.where(), jax.sharding.get_abstract_mesh().manual_axes
+        specs = jax.tree.broadcast(specs, args, is_leaf=_is_spec)
+        leaves, structure = jax.tree.flatten(args)
+        each = jax.tree.leaves(specs, is_leaf=_is_spec)
+        where = [i for i, x in enumerate(leaves) if is_array(x)]
+
+        def on_device(*arrays: jax.Array) -> Any:
+            here = dict(zip(where, arrays, strict=True))
+            return fun(
+                *structure.unflatten([here.get(i, x) for i, x in enumerate(leaves)])
+            )
+
+        # Not checked: a loss is to need no change, and under the check a scan that
+        # begins with zeros needs one.
+        mapped = jax.shard_map(
+            on_device,
+            mesh=None if nested else mesh,
+            in_specs=tuple(each[i] for i in where),
+            out_specs=out,
+            axis_names=set(self.names),
+            check_vma=False,
+        )
+        arrays = [self._placed(leaves[i], each[i]) for i in where]
+        # Without jit, shard_map takes no mesh of which it leaves an axis as it is.
+        return jax.jit(mapped, inline=True)(*arrays)
+
+    def zeros(self, shapes: PyTree, like: PyTree) -> PyTree:
+        """Zeros of these shapes for each device, under a new first axis.
+
+        That axis has the devices' number, and each makes its own: none is made on one
+        device for all. Over the mesh's other axes they are sharded as `like` is.
+        `inside`, its length is 1.
+
+        Raises:
+          ValueError: `like` is sharded over `self`.
+        """
+        explicit = self._explicit
+        wanted = jax.tree.map(lambda _: True, shapes)
+        like = jax.tree.map(lambda _, x: x, wanted, like)
+
+        self.check_whole("params", like)
+        specs = jax.tree.map(spec_of, like)
+
+        def own() -> PyTree:
+            def zero(s: Any, spec: PartitionSpec) -> jax.Array:
+                x = jnp.zeros((1, *s.shape), s.dtype)
+                if explicit:
+                    spec = PartitionSpec(None, *only(spec, explicit))
+                    return jax.sharding.reshard(x, spec)
+                if not any(map(names_in, spec)):
+                    return x  # nothing to say, or nothing that is known under jit
+                return lax.with_sharding_constraint(x, PartitionSpec(None, *spec))
+
+            return jax.tree.map(zero, shapes, specs)
+
+        if self.inside:
+            return self.vary(own())
+        return self.map(own, (), (), self.rows)
+
+    def check_whole(self, name: str, tree: PyTree) -> None:
+        """Checks that every device has all of `tree`, as far as that is known now.
+
+        Raises:
+          ValueError: a leaf is sharded over `self`.
+        """
+        leaves = () if self.inside else jax.tree_util.tree_leaves_with_path(tree)
+        for path, x in leaves:
+            spec = spec_of(x)
+            if any(only(spec, self.names)):
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} is sharded by {spec}, over "
+                    f"reduce_axis={self.names}, and a device needs all of it. Pass "
+                    "gather=... and param_specs=... to accumax.train_step or "
+                    "value_and_grad, and no reduce_axis to accumax.accumulate."
+                )
+
+    def each(self, name: str, tree: PyTree) -> PyTree:
+        """The shapes of what a device has of `tree`, that is called `name`.
+
+        Raises:
+          ValueError: it is not of as many devices.
+        """
+        count = 1 if self.inside else self.count
+
+        def own(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+            if x.shape[:1] != (count,):
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} has shape {x.shape}; expected "
+                    f"a first axis of {count}, for the sum of each device along "
+                    f"reduce_axis={self.names}. A window begins and ends with one "
+                    "number of devices, and with what its accumulate was asked for."
+                )
+            return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+
+        return jax.tree_util.tree_map_with_path(own, tree)
+
+    @property
+    def _explicit(self) -> tuple[str, ...]:
+        return explicit_axes(self.where())
+
+    def where(self) -> MeshLike:
+        """The mesh.
+
+        Raises:
+          ValueError: there is none, or it lacks an axis.
+        """
+        ambient = jax.sharding.get_abstract_mesh()
+        mesh = ambient if self.mesh is None or ambient.manual_axes else self.mesh
+        if mesh.empty:
+            raise ValueError(
+                f"reduce_axis={self.names}, and there is no mesh. Call this under "
+                "jax.set_mesh(mesh), or pass mesh=..."
+            )
+        for name in self.names:
+            if name not in mesh.axis_names:
+                raise ValueError(
+                    f"reduce_axis={self.names}, but the mesh has no axis {name!r}: its "
+                    f"axes are {dict(mesh.shape)}."
+                )
+        return mesh
+
+    def _placed(self, x: Any, spec: PartitionSpec) -> jax.Array:
+        """`x` sharded by `spec`, where JAX demands it because types say it."""
+        x = jnp.asarray(x)
+        if not self._explicit:
+            return x
+        old = jax.typeof(x).sharding.spec
+        old = (*old, *(None,) * (x.ndim - len(old)))
+        new = (*spec, *(None,) * (x.ndim - len(spec)))
+        rest = without(PartitionSpec(*old), self.names)
+        new = [_joined(names, others) for names, others in zip(new, rest, strict=True)]
+        if [_joined(x, None) for x in old] == new:
+            return x
+        return jax.sharding.reshard(x, PartitionSpec(*new))
+
+
+def check_axes(reduce_axis: Any, mesh: Any) -> Axes | None:
+    """The `Axes` of these options, None for none.
+
+    Raises:
+      TypeError, ValueError: they are none.
+    """
+    if reduce_axis is None:
+        if mesh is not None:
+            raise ValueError("mesh=... is for reduce_axis=..., which is not given.")
+        return None
+    several = isinstance(reduce_axis, (tuple, list))
+    names = tuple(reduce_axis) if several else (reduce_axis,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"{reduce_axis=} must be the name of a mesh axis, or a tuple of them."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"{reduce_axis=} names an axis twice.")
+    if mesh is not None and not isinstance(
+        mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)
+    ):
+        raise TypeError(f"{mesh=} must be a jax.sharding.Mesh, or None.")
+    axes = Axes(names, mesh)
+    if mesh is not None:
+        _ = axes.count  # has it these axes?
+    return axes
+
+
+def fitted(fun: Callable[[T], T], carry: T) -> T:
+    """`carry`, which may vary over the devices as what `fun` makes of it does.
+
+    `jax.shard_map` wants the carry of a loop to have one type from the beginning. It is
+    not enough to let all of it vary: what stays the same may leave as it came.
+    """
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    if not any(map(_is_checked, manual)):
+        return carry
+    while True:
+        out = jax.eval_shape(fun, carry)
+        new = jax.tree.map(lambda x, y: _vary(x, varying(y)), carry, out)
+        pairs = zip(jax.tree.leaves(new), jax.tree.leaves(carry), strict=True)
+        if all(varying(x) == varying(y) for x, y in pairs):
+            return carry
+        carry = new
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The manual axes over which `x`, an array or a shape, may vary; if JAX checks."""
+    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    kind = getattr(aval, "manual_axis_type", None)
+    return frozenset() if kind is None else kind.varying
+
+
+def stacked(tree: PyTree) -> PyTree:
+    """What one device has, under the first axis of what all have."""
+    return jax.tree.map(lambda x: x[None], tree)
+
+
+def unstacked(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def typed_like(tree: T, like: PyTree) -> T:
+    """`tree`, each leaf varying at least as its twin in `like`, and sharded as it."""
+
+    def typed(x: jax.Array, y: Any) -> jax.Array:
+        x = _vary(x, varying(y))
+        return sharded(x, jax.typeof(y).sharding) if x.shape == y.shape else x
+
+    return jax.tree.map(typed, tree, like)
+
+
+def sharded(x: jax.Array, sharding: Any) -> jax.Array:
+    """`x`, of a type with this sharding if it is one over explicit axes."""
+    if not isinstance(sharding, NamedSharding) or not explicit_axes(sharding.mesh):
+        return x
+    same = jax.typeof(x).sharding == sharding
+    return x if same else jax.sharding.reshard(x, sharding)
+
+
+def explicit_axes(mesh: MeshLike) -> tuple[str, ...]:
+    """The axes over which an array's type says how it is sharded."""
+    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(name for name, kind in types if kind == AxisType.Explicit)
+
+
+def spec_of(x: Any) -> PartitionSpec:
+    """How `x` is sharded; under jit over explicit axes only, for the others are seen
+    by the compiler alone.
+    """
+    traced = isinstance(x, Tracer)
+    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+    named = isinstance(sharding, NamedSharding)
+    return sharding.spec if named else PartitionSpec()
+
+
+def only(spec: PartitionSpec, names: tuple[str, ...]) -> PartitionSpec:
+    """`spec` as if the mesh had these axes alone."""
+    return _kept(spec, lambda name: name in names)
+
+
+def without(spec: PartitionSpec, names: tuple[str, ...]) -> PartitionSpec:
+    """`spec` as if the mesh had not these axes."""
+    return _kept(spec, lambda name: name not in names)
+
+
+def _kept(spec: PartitionSpec, keep: Callable[[str], bool]) -> PartitionSpec:
+    entries = [tuple(filter(keep, names_in(entry))) for entry in spec]
+    # An axis alone without its tuple, as JAX writes it in an array's sharding.
+    return PartitionSpec(*(x[0] if len(x) == 1 else x or None for x in entries))
+
+
+def names_in(entry: Any) -> tuple[str, ...]:
+    """The axes in an entry of a `PartitionSpec`."""
+    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _joined(*entries: Any) -> tuple[str, ...] | None:
+    return tuple(name for entry in entries for name in names_in(entry)) or None
+
+
+def is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+def _is_checked(name: str) -> bool:
+    """Whether JAX says what varies over this axis (check_vma=True)."""
+    return name in varying(lax.axis_index(name))
+
+
+def _vary(x: Any, names: frozenset[str]) -> Any:
+    new = tuple(sorted(names - varying(x)))
+    return lax.pcast(x, new, to="varying") if new else x

@@ -1,0 +1,231 @@
+"""Parameters that are sharded over the devices whose gradients are summed (FSDP)."""
+
+import dataclasses
+import math
+from typing import Any, Literal, TypeAlias, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
+
+from . import _numerics as numerics
+from ._devices import Axes, explicit_axes, names_in, only, spec_of
+from ._types import ArrayLike, PyTree
+
+When: TypeAlias = Literal["each", "once"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How a parameter is divided over the devices.
+
+    Attributes:
+      spec: the sharding, without the mesh's other axes.
+      dims: the dimensions that are divided, and over which axes.
+      rest: the axes along which all devices have the same part.
+    """
+
+    spec: PartitionSpec
+    dims: tuple[tuple[int, tuple[str, ...]], ...]
+    rest: tuple[str, ...]
+
+    def gathered(self, x: jax.Array) -> jax.Array:
+        for dim, names in self.dims:
+            x = lax.all_gather(x, names, axis=dim, tiled=True)
+        return x
+
+    def scattered(self, x: jax.Array) -> jax.Array:
+        """The device's part of the sum over those that have another part."""
+        for dim, names in self.dims:
+            x = lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True)
+        return x
+
+    def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of which a device's part has `shape`."""
+        whole = list(shape)
+        for dim, names in self.dims:
+            whole[dim] *= math.prod(map(lax.axis_size, names))
+        return tuple(whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """When each device has whole parameters, and whole gradients.
+
+    Trees of `Cut` have one for each leaf that is differentiated. All that works with
+    them is `Axes.inside`.
+
+    Attributes:
+      axes: the devices.
+      gather: parameters are gathered for "each" microbatch, or "once" for a call.
+      reduce: gradients are reduced, to the part of the device, for "each" microbatch or
+        "once" for a call, until when a device keeps a whole sum.
+      specs: how the parameters are sharded, None for what their arrays say.
+    """
+
+    axes: Axes
+    gather: When
+    reduce: When
+    specs: PyTree
+
+    def cuts(self, params: PyTree, specs: PyTree) -> PyTree:
+        """How `params`, not yet `inside`, are divided; `specs`: their own, or None.
+
+        Raises:
+          ValueError: that is not known, or impossible.
+        """
+        axes, mesh = self.axes, self.axes.where()
+        explicit = explicit_axes(mesh)
+        others = [name for name in explicit if name not in axes.names]
+        if others:
+            raise ValueError(
+                f"gather={self.gather!r} and a mesh with the explicit axes {others} "
+                "besides reduce_axis do not go together: JAX cannot scatter over a "
+                "part of explicit axes. Make these axes AxisType.Auto."
+            )
+        if specs is None:
+            leaves, structure = jax.tree.flatten(params)
+            typed = set(axes.names) <= set(explicit) and not axes.inside
+            if not typed and any(isinstance(x, Tracer) for x in leaves):
+                raise ValueError(
+                    f"gather={self.gather!r} needs to know how the parameters are "
+                    "sharded, which their types do not say under jit with a mesh of "
+                    "automatic axes, or in a shard_map. Pass param_specs=jax.tree.map("
+                    "lambda p: p.sharding.spec, params)."
+                )
+            specs = structure.unflatten(map(spec_of, leaves))
+        try:
+            specs = jax.tree.broadcast(specs, params, is_leaf=_is_spec)
+        except ValueError as error:
+            raise ValueError(
+                f"param_specs must be a prefix of the parameters, "
+                f"{numerics.outline(params)}: {error}"
+            ) from None
+
+        def cut(path: Any, x: Any, spec: Any) -> Cut:
+            spec = spec.spec if isinstance(spec, NamedSharding) else spec
+            here = only(spec, axes.names)
+            dims = tuple((i, names_in(entry)) for i, entry in enumerate(here) if entry)
+            used = [name for _, names in dims for name in names]
+            for i, names in dims if not axes.inside else ():
+                count = math.prod(mesh.shape[name] for name in names)
+                if i >= x.ndim or x.shape[i] % count:
+                    raise ValueError(
+                        f"param_specs{jax.tree_util.keystr(path)}={spec} divides axis "
+                        f"{i} of a parameter of shape {x.shape} by {count} devices, "
+                        "which is impossible. Leave it whole: PartitionSpec()."
+                    )
+            rest = tuple(name for name in axes.names if name not in used)
+            return Cut(here, dims, rest)
+
+        live = numerics.differentiable(params)
+        return jax.tree_util.tree_map_with_path(cut, live, specs)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether XLA is to gather and to reduce: it does so layer by layer.
+
+        Here, a parameter is gathered as a whole, which for layers that are scanned is
+        all of them at once.
+        """
+        each = self.gather == self.reduce == "each"
+        explicit = set(explicit_axes(self.axes.where()))
+        return each and not self.axes.inside and explicit.isdisjoint(self.axes.names)
+
+    def placed(self, tree: PyTree, cuts: PyTree) -> PyTree:
+        """`tree` as the parameters are sharded, if `automatic`."""
+        mesh = self.axes.where()
+
+        def place(cut: Cut, x: jax.Array) -> jax.Array:
+            free = [names or PartitionSpec.UNCONSTRAINED for names in cut.spec]
+            free += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(free))
+            if not cut.dims:
+                return x
+            sharding = NamedSharding(mesh, PartitionSpec(*free))
+            return lax.with_sharding_constraint(x, sharding)
+
+        return jax.tree.map(place, cuts, tree)
+
+    def whole(self, params: PyTree, cuts: PyTree, i: ArrayLike = 0) -> PyTree:
+        """`params` gathered, for microbatch i, () integer."""
+        if self.gather == "each":  # else XLA does it before the loop, once for all
+            params, _ = lax.optimization_barrier((params, jnp.asarray(i)))
+        return jax.tree.map(lambda x, cut: cut.gathered(x), params, cuts)
+
+    def zeros(self, shapes: PyTree, cuts: PyTree) -> PyTree:
+        """-0.0 to add the gradients of a call in; `shapes`: of a device's parts."""
+
+        def zero(x: Any, cut: Cut) -> jax.Array:
+            shape = x.shape if self.reduce == "each" else cut.whole(x.shape)
+            return jnp.full(shape, numerics.minus_zero(x.dtype))
+
+        return self.axes.vary(jax.tree.map(zero, shapes, cuts))
+
+    def begun(self, sums: PyTree, cuts: PyTree) -> PyTree:
+        """Sums to go on with, where several devices have the same part: on one."""
+
+        def own(s: jax.Array, cut: Cut) -> jax.Array:
+            if not cut.rest:
+                return s
+            return jnp.where(
+                lax.axis_index(cut.rest) == 0, s, numerics.minus_zero(s.dtype)
+            )
+
+        return jax.tree.map(own, sums, cuts)
+
+    def parts(self, grads: PyTree, cuts: PyTree) -> PyTree:
+        """A device's parts of the gradients of one microbatch, summed over devices."""
+        with jax.named_scope("accumax.reduce"):
+            return jax.tree.map(lambda g, cut: cut.scattered(g), grads, cuts)
+
+    def sum(self, sums: PyTree, cuts: PyTree) -> PyTree:
+        """The device's parts of the sums of all."""
+        if self.reduce == "once":
+            sums = self.parts(sums, cuts)
+
+        def over_rest(x: jax.Array, cut: Cut) -> jax.Array:
+            return lax.psum(x, cut.rest) if cut.rest else x
+
+        with jax.named_scope("accumax.reduce"):
+            return jax.tree.map(over_rest, sums, cuts)
+
+
+def specs_of(cuts: PyTree, params: PyTree = None) -> PyTree:
+    """How gradients with these cuts are sharded; or `params`, with all leaves."""
+    specs = jax.tree.map(lambda cut: cut.spec, cuts)
+    if params is None:
+        return specs
+    return numerics.restore(specs, jax.tree.map(lambda _: PartitionSpec(), params))
+
+
+def check_gather(
+    axes: Axes | None, gather: Any, reduce: Any, specs: Any
+) -> Gather | None:
+    """The `Gather` of these options, None for none.
+
+    Raises:
+      ValueError: they are none.
+    """
+    if gather is None:
+        for name, value in (("reduce", reduce), ("param_specs", specs)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}=... is for gather=..., of parameters that are sharded "
+                    "over reduce_axis."
+                )
+        return None
+    if axes is None:
+        raise ValueError(
+            f"{gather=} is for reduce_axis=..., over which the parameters are sharded."
+        )
+    reduce = "each" if reduce is None else reduce
+    for name, value in (("gather", gather), ("reduce", reduce)):
+        if value not in get_args(When):
+            raise ValueError(f"{name}={value!r} must be one of {get_args(When)}.")
+    return Gather(axes, gather, reduce, specs)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, (PartitionSpec, NamedSharding))
