@@ -9,10 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from . import _numerics as numerics
+from ._shardings import (
+    explicit_axes,
+    is_checked,
+    joined,
+    names_in,
+    only,
+    spec_of,
+    vary,
+    varying,
+    without,
+)
 from ._types import PyTree
 
 T = TypeVar("T")
@@ -82,9 +92,13 @@ class Axes:
         own = self.index() == self.count - 1
         return self.sum(jnp.where(own, x, numerics.minus_zero(dtype)))
 
+    def any(self, pred: jax.Array) -> jax.Array:
+        """bool, each whether it is true on any device. `inside`."""
+        return self.sum(jnp.float32(pred)) > 0
+
     def all(self, pred: jax.Array) -> jax.Array:
         """bool, each whether it is true on all devices. `inside`."""
-        return self.sum(jnp.float32(~pred)) == 0
+        return ~self.any(~pred)
 
     def vary(self, tree: T) -> T:
         """`tree`, as a value that each device may have another one of. `inside`.
@@ -92,8 +106,8 @@ class Axes:
         With respect to such a value, a gradient is the device's own. JAX reduces the
         others', in every backward pass.
         """
-        names = frozenset(filter(_is_checked, self.names))
-        return jax.tree.map(lambda x: _vary(x, names), tree)
+        names = frozenset(filter(is_checked, self.names))
+        return jax.tree.map(lambda x: vary(x, names), tree)
 
     def check_own(self, what: str, tree: PyTree) -> None:
         """Checks that `tree` was not reduced before. `inside`.
@@ -103,7 +117,7 @@ class Axes:
         Raises:
           ValueError: it was.
         """
-        for name in filter(_is_checked, self.names):
+        for name in filter(is_checked, self.names):
             for path, x in jax.tree_util.tree_leaves_with_path(tree):
                 if name not in varying(x):
                     raise ValueError(
@@ -114,6 +128,27 @@ class Axes:
                         f'{name!r}, to="varying"), and leave psum and pmean to '
                         "accumax."
                     )
+
+    @property
+    def alone(self) -> bool:
+        """Whether the mesh has no other axis along which anything could be divided."""
+        return math.prod(self.where().shape.values()) == self.count
+
+    def couples(self, fun: Callable[..., Any], *args: Any) -> bool:
+        """Whether `fun(*args)` has the devices exchange anything. `inside`."""
+
+        def exchanges(jaxpr: Any) -> bool:
+            for eqn in jaxpr.eqns:
+                leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
+                named = any(x in self.names for x in leaves if isinstance(x, str))
+                if named and eqn.primitive.name != "axis_index":
+                    return True
+                inner = [getattr(x, "jaxpr", x) for x in filter(_is_jaxpr, leaves)]
+                if any(map(exchanges, inner)):
+                    return True
+            return False
+
+        return exchanges(jax.make_jaxpr(fun)(*args).jaxpr)
 
     def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
         """`fun(*args)` on each device, which then is `inside`.
@@ -137,17 +172,35 @@ class Axes:
 
         # Not checked: a loss is to need no change, and under the check a scan that
         # begins with zeros needs one.
+        # But what is around it may be checked, and then so is what is in it.
         mapped = jax.shard_map(
             on_device,
             mesh=None if nested else mesh,
             in_specs=tuple(each[i] for i in where),
             out_specs=out,
             axis_names=set(self.names),
-            check_vma=False,
+            check_vma=any(map(is_checked, nested)),
         )
         arrays = [self._placed(leaves[i], each[i]) for i in where]
         # Without jit, shard_map takes no mesh of which it leaves an axis as it is.
         return jax.jit(mapped, inline=True)(*arrays)
+
+    def same(self, name: str, x: jax.Array) -> jax.Array:
+        """`x`, () float, that is called `name` and is not to differ by device.
+
+        Raises:
+          ValueError: it may, within a `shard_map` that checks it.
+        """
+        if not self.inside:
+            return x
+        if not varying(x).isdisjoint(self.names):
+            raise ValueError(
+                f"{name} may differ by device of reduce_axis={self.names}, and stands "
+                "for the rows of all. Let the loss return what its own rows weigh "
+                "(weighted=True), or reduce it."
+            )
+        # Unchecked, it may differ still, and then the devices would part company.
+        return self.sum(x) / self.count
 
     def zeros(self, shapes: PyTree, like: PyTree) -> PyTree:
         """Zeros of these shapes for each device, under a new first axis.
@@ -160,8 +213,7 @@ class Axes:
           ValueError: `like` is sharded over `self`.
         """
         explicit = self._explicit
-        wanted = jax.tree.map(lambda _: True, shapes)
-        like = jax.tree.map(lambda _, x: x, wanted, like)
+        like = numerics.differentiable(like)
 
         self.check_whole("params", like)
         specs = jax.tree.map(spec_of, like)
@@ -190,8 +242,9 @@ class Axes:
         """
         leaves = () if self.inside else jax.tree_util.tree_leaves_with_path(tree)
         for path, x in leaves:
-            spec = spec_of(x)
-            if any(only(spec, self.names)):
+            spec, sizes = spec_of(x), self.where().shape
+            names = tuple(name for name in self.names if sizes[name] > 1)
+            if any(only(spec, names)):
                 raise ValueError(
                     f"{name}{jax.tree_util.keystr(path)} is sharded by {spec}, over "
                     f"reduce_axis={self.names}, and a device needs all of it. Pass "
@@ -253,8 +306,8 @@ class Axes:
         old = (*old, *(None,) * (x.ndim - len(old)))
         new = (*spec, *(None,) * (x.ndim - len(spec)))
         rest = without(PartitionSpec(*old), self.names)
-        new = [_joined(names, others) for names, others in zip(new, rest, strict=True)]
-        if [_joined(x, None) for x in old] == new:
+        new = [joined(names, others) for names, others in zip(new, rest, strict=True)]
+        if [joined(x, None) for x in old] == new:
             return x
         return jax.sharding.reshard(x, PartitionSpec(*new))
 
@@ -287,31 +340,6 @@ def check_axes(reduce_axis: Any, mesh: Any) -> Axes | None:
     return axes
 
 
-def fitted(fun: Callable[[T], T], carry: T) -> T:
-    """`carry`, which may vary over the devices as what `fun` makes of it does.
-
-    `jax.shard_map` wants the carry of a loop to have one type from the beginning. It is
-    not enough to let all of it vary: what stays the same may leave as it came.
-    """
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    if not any(map(_is_checked, manual)):
-        return carry
-    while True:
-        out = jax.eval_shape(fun, carry)
-        new = jax.tree.map(lambda x, y: _vary(x, varying(y)), carry, out)
-        pairs = zip(jax.tree.leaves(new), jax.tree.leaves(carry), strict=True)
-        if all(varying(x) == varying(y) for x, y in pairs):
-            return carry
-        carry = new
-
-
-def varying(x: Any) -> frozenset[str]:
-    """The manual axes over which `x`, an array or a shape, may vary; if JAX checks."""
-    aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
-    kind = getattr(aval, "manual_axis_type", None)
-    return frozenset() if kind is None else kind.varying
-
-
 def stacked(tree: PyTree) -> PyTree:
     """What one device has, under the first axis of what all have."""
     return jax.tree.map(lambda x: x[None], tree)
@@ -321,80 +349,13 @@ def unstacked(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x[0], tree)
 
 
-def typed_like(tree: T, like: PyTree) -> T:
-    """`tree`, each leaf varying at least as its twin in `like`, and sharded as it."""
-
-    def typed(x: jax.Array, y: Any) -> jax.Array:
-        x = _vary(x, varying(y))
-        return sharded(x, jax.typeof(y).sharding) if x.shape == y.shape else x
-
-    return jax.tree.map(typed, tree, like)
-
-
-def sharded(x: jax.Array, sharding: Any) -> jax.Array:
-    """`x`, of a type with this sharding if it is one over explicit axes."""
-    if not isinstance(sharding, NamedSharding) or not explicit_axes(sharding.mesh):
-        return x
-    same = jax.typeof(x).sharding == sharding
-    return x if same else jax.sharding.reshard(x, sharding)
-
-
-def explicit_axes(mesh: MeshLike) -> tuple[str, ...]:
-    """The axes over which an array's type says how it is sharded."""
-    types = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return tuple(name for name, kind in types if kind == AxisType.Explicit)
-
-
-def spec_of(x: Any) -> PartitionSpec:
-    """How `x` is sharded; under jit over explicit axes only, for the others are seen
-    by the compiler alone.
-    """
-    traced = isinstance(x, Tracer)
-    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
-    named = isinstance(sharding, NamedSharding)
-    return sharding.spec if named else PartitionSpec()
-
-
-def only(spec: PartitionSpec, names: tuple[str, ...]) -> PartitionSpec:
-    """`spec` as if the mesh had these axes alone."""
-    return _kept(spec, lambda name: name in names)
-
-
-def without(spec: PartitionSpec, names: tuple[str, ...]) -> PartitionSpec:
-    """`spec` as if the mesh had not these axes."""
-    return _kept(spec, lambda name: name not in names)
-
-
-def _kept(spec: PartitionSpec, keep: Callable[[str], bool]) -> PartitionSpec:
-    entries = [tuple(filter(keep, names_in(entry))) for entry in spec]
-    # An axis alone without its tuple, as JAX writes it in an array's sharding.
-    return PartitionSpec(*(x[0] if len(x) == 1 else x or None for x in entries))
-
-
-def names_in(entry: Any) -> tuple[str, ...]:
-    """The axes in an entry of a `PartitionSpec`."""
-    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def _joined(*entries: Any) -> tuple[str, ...] | None:
-    return tuple(name for entry in entries for name in names_in(entry)) or None
-
-
 def is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray))
 
 
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(getattr(x, "jaxpr", x), "eqns")
+
+
 def _is_spec(x: Any) -> bool:
     return isinstance(x, PartitionSpec)
-
-
-def _is_checked(name: str) -> bool:
-    """Whether JAX says what varies over this axis (check_vma=True)."""
-    return name in varying(lax.axis_index(name))
-
-
-def _vary(x: Any, names: frozenset[str]) -> Any:
-    new = tuple(sorted(names - varying(x)))
-    return lax.pcast(x, new, to="varying") if new else x

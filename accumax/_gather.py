@@ -11,7 +11,8 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _numerics as numerics
-from ._devices import Axes, explicit_axes, names_in, only, spec_of
+from ._devices import Axes
+from ._shardings import explicit_axes, names_in, only, spec_of
 from ._types import ArrayLike, PyTree
 
 When: TypeAlias = Literal["each", "once"]
@@ -121,6 +122,12 @@ class Gather:
             return Cut(here, dims, rest)
 
         live = numerics.differentiable(params)
+        specs = jax.tree.map(
+            lambda x, spec: None if x is None else spec,
+            live,
+            specs,
+            is_leaf=lambda x: x is None,
+        )
         return jax.tree_util.tree_map_with_path(cut, live, specs)
 
     @property
@@ -178,7 +185,9 @@ class Gather:
     def parts(self, grads: PyTree, cuts: PyTree) -> PyTree:
         """A device's parts of the gradients of one microbatch, summed over devices."""
         with jax.named_scope("accumax.reduce"):
-            return jax.tree.map(lambda g, cut: cut.scattered(g), grads, cuts)
+            parts = jax.tree.map(lambda g, cut: cut.scattered(g), grads, cuts)
+        # Or XLA:TPU adds up whole gradients, and scatters their sum after the loop.
+        return lax.optimization_barrier(parts) if self.reduce == "each" else parts
 
     def sum(self, sums: PyTree, cuts: PyTree) -> PyTree:
         """The device's parts of the sums of all."""

@@ -16,7 +16,7 @@ from jax import lax
 from jax.core import Tracer
 
 from . import _numerics as numerics
-from ._devices import fitted, typed_like
+from ._shardings import fitted, typed_like
 from ._types import ArrayLike, PyTree
 
 T = TypeVar("T")

@@ -12,10 +12,11 @@ from jax import lax
 from . import _loss, _reduce
 from . import _numerics as numerics
 from ._accumulator import Sums, accumulator
-from ._devices import Axes, fitted, typed_like
+from ._devices import Axes
 from ._gather import Gather
 from ._inplace import add_backward, at_most_once
 from ._loss import Loss
+from ._shardings import fitted, typed_like
 from ._split import Part, Parts
 from ._types import ArrayLike, PyTree
 
@@ -223,8 +224,11 @@ class _Term:
         self.given, self.cuts = given, cuts
         shapes = [self._shape(part) for part in parts.each()]
         self.shape = shapes[0]
+        self.in_place, self.agree = loop.in_place, lambda taken: taken
         if loop.axes is not None:
             loop.axes.check_own("The loss", self.shape.value)
+            if loop.weighted:
+                self._agree(loop.axes, parts.part(0))
         self.reducer = _reduce.reducer(aux, shapes[0].aux, shapes[-1].aux, parts)
 
     def read(
@@ -242,6 +246,22 @@ class _Term:
         loss = _loss.read(out, has_aux=True, weighted=loop.weighted)
         new, aux = loss.aux
         return loss._replace(aux=aux), numerics.cast_like(new, carried)
+
+    def _agree(self, axes: Axes, part: Part) -> None:
+        """Sees to it that no device leaves out what another one waits for.
+
+        A weighted backward pass in place is left out where the weight is 0.
+        """
+
+        def value(carried: PyTree) -> jax.Array:
+            return self.read(self.whole(part), part, carried)[0].value
+
+        if axes.couples(value, self.carried):
+            # The loss of the others depends on a device without weight, too.
+            self.agree = axes.any
+        elif not axes.alone:
+            # XLA may let devices of different weights exchange what they computed.
+            self.in_place = False
 
     def _shape(self, part: Part) -> Loss:
         def shape(carried: PyTree) -> Loss:
@@ -269,6 +289,7 @@ class _Term:
         def fun(live: dict[int, PyTree]) -> tuple[jax.Array, Any]:
             loss, new = self.read(live, part, carried)
             taken = None if loss.weight is None else self.counted(loss.weight) != 0
+            taken = taken if taken is None else self.agree(taken)
             value, seed = loss.value, self.seed(part.rows)
             if not (isinstance(seed, float) and seed == 1):
                 value = value.astype(dtype) * seed
@@ -277,8 +298,8 @@ class _Term:
         gather, parts = self.loop.gather, None
         if gather is not None and gather.reduce == "each":
             parts = functools.partial(gather.parts, cuts=self.cuts)
-        live, in_place = self.whole(part), self.loop.in_place
-        out, grads = backward(fun, live, grads, in_place=in_place, parts=parts)
+        live = self.whole(part)
+        out, grads = backward(fun, live, grads, in_place=self.in_place, parts=parts)
         loss, carried = out
         value, (weight, refused) = loss.value.astype(dtype), self.weigh(loss, part)
         if loss.weight is not None:

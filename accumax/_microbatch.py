@@ -206,6 +206,9 @@ def value_and_grad(
             return run(loop, divide, places, cuts, carried, args, kwargs)
         for n in places if cuts is None else ():
             axes.check_whole(f"Argument {n}", args[n])
+        # Numbers as arrays, which have a type that says where they are.
+        live = {n: numerics.restore(live_part(args[n]), args[n]) for n in places}
+        args = tuple(live.get(n, x) for n, x in enumerate(args))
         own, by_place, named = divide.over(axes, losses[0], args, kwargs)
         grads = PartitionSpec()
         if cuts is not None:

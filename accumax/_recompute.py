@@ -14,8 +14,8 @@ from . import _numerics as numerics
 from . import _reduce
 from ._accumulator import Accumulator, accumulator
 from ._arguments import Place, Places
-from ._devices import typed_like
 from ._loop import backward
+from ._shardings import typed_like
 from ._split import Part, Parts, split
 from ._types import DTypeLike, PyTree
 

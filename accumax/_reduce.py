@@ -9,7 +9,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _numerics as numerics
-from ._devices import Axes, sharded
+from ._devices import Axes
+from ._shardings import sharded
 from ._split import Part, Parts
 from ._types import ArrayLike, PyTree
 

@@ -18,8 +18,9 @@ from ._arguments import (
     check_rows,
     find,
 )
-from ._devices import Axes, explicit_axes, fitted, only
+from ._devices import Axes
 from ._inplace import after
+from ._shardings import explicit_axes, fitted, only
 from ._types import ArrayLike, PyTree
 
 T = TypeVar("T")

@@ -241,6 +241,8 @@ def train_step(
         items = loss.weight
         if items is None:
             items = check_weight(1.0 if weight is None else weight)
+            if axes is not None and weight is not None:
+                items = axes.same("weight", items)
         elif window.accumulator.nonfinite != "propagate":
             items = jnp.where(usable, items, jnp.nan)  # all of the call, or nothing
         sums, accepted = add(sums, weight=items, args=extra_args, first=first)

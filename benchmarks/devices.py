@@ -1,5 +1,6 @@
 """Devices to compile for, there or not."""
 
+import contextlib
 import os
 from typing import Any, TypeAlias
 
@@ -38,18 +39,31 @@ INSTALL = {
 
 def device(target: str) -> Device:
     """A device to compile for: this machine's CPU, or a GPU or TPU that is not here."""
+    return devices(target, 1)[0]
+
+
+def devices(target: str, count: int = 8) -> list[Device]:
+    """`count` such devices that are connected, up to 8.
+
+    Of the CPU there are as many as JAX began with, if it has begun already.
+    """
     jax.config.update("jax_platforms", "cpu")
     if target == "cpu":
-        return jax.devices()[0]
+        if count > 1 and "device_count" not in os.environ.get("XLA_FLAGS", ""):
+            with contextlib.suppress(RuntimeError):  # it has begun
+                jax.config.update("jax_num_cpu_devices", count)
+        return jax.devices()[:count]
     try:
         if target == "tpu":
             for name, value in TPU.items():
                 os.environ.setdefault(name, value)
-            return topologies.get_topology_desc("v5e:2x4", "tpu").devices[0]
+            return list(topologies.get_topology_desc("v5e:2x4", "tpu").devices)[:count]
         _know_cuda()
-        return topologies.get_topology_desc(
-            "h100", "cuda", target_config=H100, topology="1x1x1"
-        ).devices[0]
+        return list(
+            topologies.get_topology_desc(
+                "h100", "cuda", target_config=H100, topology=f"1x1x{count}"
+            ).devices
+        )
     except Exception as error:
         raise SystemExit(
             f"{error}\n\nThe compiler for {target} is missing or does not fit jax "

@@ -10,19 +10,20 @@ import accumax
 PACKAGE = pathlib.Path(accumax.__file__).parent
 
 # A room may import those that are listed. Arrows go one way: _types -> _numerics ->
-# _devices -> _accumulator, _gather, _inplace, _loss, _arguments -> _split -> _reduce ->
-# _window, _loop -> the public forms -> _statistics, _handing -> Flax.
+# _shardings -> _devices -> _accumulator, _gather, _inplace, _loss, _arguments -> _split
+# -> _reduce -> _window, _loop -> the public forms -> _statistics, _handing -> Flax.
 ALLOWED = {
     "_types": set(),
     "_numerics": {"_types"},
-    "_devices": {"_types", "_numerics"},
-    "_gather": {"_types", "_numerics", "_devices"},
+    "_shardings": {"_types"},
+    "_devices": {"_types", "_numerics", "_shardings"},
+    "_gather": {"_types", "_numerics", "_shardings", "_devices"},
     "_accumulator": {"_types", "_numerics"},
-    "_inplace": {"_types", "_numerics", "_devices"},
+    "_inplace": {"_types", "_numerics", "_shardings"},
     "_loss": {"_numerics", "_accumulator"},
     "_arguments": {"_types", "_numerics"},
-    "_split": {"_types", "_devices", "_inplace", "_arguments"},
-    "_reduce": {"_types", "_numerics", "_devices", "_split"},
+    "_split": {"_types", "_shardings", "_devices", "_inplace", "_arguments"},
+    "_reduce": {"_types", "_numerics", "_shardings", "_devices", "_split"},
     "_state": {"_types"},
     "_window": {
         "_types",
@@ -36,6 +37,7 @@ ALLOWED = {
     "_loop": {
         "_types",
         "_numerics",
+        "_shardings",
         "_devices",
         "_gather",
         "_accumulator",
@@ -66,7 +68,7 @@ ALLOWED = {
     "_recompute": {
         "_types",
         "_numerics",
-        "_devices",
+        "_shardings",
         "_accumulator",
         "_arguments",
         "_split",

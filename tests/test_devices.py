@@ -175,8 +175,8 @@ def test_a_loss_may_use_the_axis_itself(mean):
         f = accumax.value_and_grad(normalised, microbatches=1, reduce_axis="data")
         value, grads = jax.jit(f)(put(init()), put(BATCH, P("data")))
     values, want = whole(of_all, init(), BATCH)
-    assert distance((value,), values) < 1e-3
-    assert distance(grads, want) < 1e-3
+    np.testing.assert_allclose(value, values[0], rtol=1e-6)
+    assert distance(grads, want) < 1e-5 * max(map(np.max, jax.tree.leaves(want)))
 
 
 def test_aux_is_that_of_all_devices():
@@ -507,3 +507,145 @@ def test_shards_over_the_axis_are_an_error_without_gather():
             tx.init(params)
         with bad(r"\['layer'\]\['w'\] is sharded by .*reduce_axis=.*gather="):
             accumax.grad(loss_fn, microbatch_size=8, reduce_axis="data")(params, BATCH)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_device_without_weight_takes_part_in_what_the_loss_exchanges(in_place):
+    """Else it leaves out a backward pass in which the others wait for it."""
+
+    def fun(params, batch, mean):
+        out = losses(params, batch)
+        counts = batch["place"] >= ROWS // 2
+        centred = (out - mean(jnp.mean(out))) / 100
+        return jnp.sum(centred**2 * counts), jnp.sum(counts)
+
+    def normalised(params, batch):
+        return fun(params, batch, lambda x: lax.pmean(x, "data"))
+
+    with jax.set_mesh(mesh_of()):
+        f = accumax.value_and_grad(
+            normalised,
+            microbatches=1,
+            weighted=True,
+            reduce_axis="data",
+            in_place=in_place,
+        )
+        value, grads = jax.jit(f)(put(init()), put(UNEVEN, P("data")))
+    values, want = whole(functools.partial(fun, mean=lambda x: x), init(), UNEVEN)
+    assert distance((value,), values) < 1e-6
+    assert distance(grads, want) < 1e-5
+
+
+def test_nor_in_what_xla_lets_devices_exchange_along_another_axis():
+    """Shifted columns of a matrix that is sharded over them: XLA permutes."""
+
+    def fun(params, batch):
+        counts = batch["place"] >= ROWS // 2
+        hidden = jnp.roll(jnp.tanh(batch["x"] @ params["w"]), 1, axis=1)
+        out = jnp.sum(jnp.tanh(hidden @ params["v"]), 1)
+        return jnp.sum((out - 1) ** 2 * counts), jnp.sum(counts)
+
+    chance = np.random.default_rng(0)
+    params = {
+        "w": jnp.asarray(chance.normal(size=(3, 8)), jnp.float32),
+        "v": jnp.asarray(chance.normal(size=(8, 8)), jnp.float32),
+    }
+    with jax.set_mesh(mesh_of()):
+        f = accumax.value_and_grad(
+            fun, microbatch_size=MICRO, weighted=True, reduce_axis="data"
+        )
+        placed = {
+            "w": put(params["w"], P(None, "model")),
+            "v": put(params["v"], P("model")),
+        }
+        value, grads = jax.jit(f)(placed, put(UNEVEN, P("data")))
+    values, want = whole(fun, params, UNEVEN)
+    assert distance((value,), values) < 1e-5
+    assert distance(grads, want) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_leaves_that_are_no_float_arrays_ride_along(kind):
+    def fun(params, batch):
+        return loss_fn(params["net"], batch) * params["times"]
+
+    with jax.set_mesh(mesh_of(kind)):
+        params = {"net": put(init()), "i": put(jnp.arange(3)), "times": 2.0}
+        f = accumax.grad(fun, microbatch_size=MICRO, reduce_axis="data")
+        grads = f(params, put(BATCH, P("data")))
+        tx = accumax.accumulate(optax.sgd(0.1), 1, reduce_axis="data")
+        step = jax.jit(accumax.train_step(fun, tx))
+        new, _, _ = step(params, tx.init(params), put(BATCH, P("data")))
+    assert grads["i"] is None
+    _, want = whole(loss_fn, init(), BATCH)
+    double = jax.tree.map(lambda g: 2 * g, want)
+    assert distance(grads["net"], double) < 1e-4
+    stepped = jax.tree.map(lambda p, g: p - 0.1 * g, init(), double)
+    assert distance(new["net"], stepped) < 1e-4
+    assert same_bits(new["i"], jnp.arange(3))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_map_over_another_axis_may_be_around_it(kind):
+    def fun(params, batch):
+        hidden = jnp.tanh(batch["x"] @ params["w"])
+        return jnp.mean((lax.psum(hidden @ params["v"], "model") - 1) ** 2)
+
+    def direct(params, batch):
+        return jnp.mean((jnp.tanh(batch["x"] @ params["w"]) @ params["v"] - 1) ** 2)
+
+    chance = np.random.default_rng(0)
+    params = {
+        "w": jnp.asarray(chance.normal(size=(3, 4)), jnp.float32),
+        "v": jnp.asarray(chance.normal(size=4), jnp.float32),
+    }
+    specs = {"w": P(None, "model"), "v": P("model")}
+    with jax.set_mesh(mesh_of(kind)):
+        f = accumax.value_and_grad(fun, microbatch_size=MICRO, reduce_axis="data")
+        mapped = jax.shard_map(
+            f, in_specs=(specs, P()), out_specs=(P(), specs), axis_names={"model"}
+        )
+        placed = {name: put(params[name], specs[name]) for name in specs}
+        value, grads = jax.jit(mapped)(placed, put(BATCH, P("data")))
+    values, want = whole(direct, params, BATCH)
+    assert distance((value,), values) < 1e-5
+    assert distance(grads, want) < 1e-5
+
+
+def test_an_axis_of_one_device_has_everything():
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        params = put(init())
+        params["layer"]["w"] = put(params["layer"]["w"], P("data"))
+        f = accumax.grad(loss_fn, microbatch_size=MICRO, reduce_axis="data")
+        grads = jax.jit(f)(params, put(BATCH, P("data")))
+    assert distance(grads, whole(loss_fn, init(), BATCH)[1]) < 1e-4
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_the_weight_of_a_call_is_that_of_all_devices(checked):
+    tx = accumax.accumulate(optax.sgd(0.1), 1, reduce_axis="data")
+    run = accumax.train_step(loss_fn, tx)
+
+    def step(params, state, batch):
+        own = jnp.sum(batch["place"] > ROWS // 4).astype(float)  # 23 and 12
+        return run(params, state, batch, weight=own)
+
+    with jax.set_mesh(mesh_of()):
+        state = tx.init(put(init()))
+        specs = jax.tree.map(lambda _: P(), state)._replace(acc_grads=P("data"))
+        mapped = jax.shard_map(
+            step,
+            in_specs=(P(), specs, P("data")),
+            out_specs=(P(), specs, P()),
+            check_vma=checked,
+        )
+        mapped, args = jax.jit(mapped), (put(init()), state, put(UNEVEN, P("data")))
+        if checked:
+            with bad(r"weight may differ by device.*weighted=True"):
+                mapped(*args)
+            return
+        params, _, _ = mapped(*args)
+    for leaf in jax.tree.leaves(params):  # they stay together, whatever it means
+        copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
+        assert all(np.array_equal(copies[0], x) for x in copies)

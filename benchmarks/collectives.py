@@ -1,0 +1,379 @@
+"""What several devices cost: memory, reductions and bytes on the wire, on CPU, GPU and
+TPU. It compiles for eight devices, and runs nothing.
+
+    python benchmarks/collectives.py            # eight of this machine's CPU
+    python benchmarks/collectives.py gpu        # eight H100 that need not be there
+    python benchmarks/collectives.py tpu        # eight TPU v5e that need not be there
+    python benchmarks/collectives.py cpu --size 4,256,4,1024,64     # a smaller model
+
+Memory is that of one device, in units of the parameters. The rest is for a window, of
+one call with eight microbatches or of eight calls. "loop", "boundary" and "outside":
+how often the gradient is reduced in a loop (over microbatches, or over the layers), in
+what runs at most once in a window, and elsewhere; "reduced": in all. "ops": in how many
+reductions; XLA joins and splits them. "MB": what a device sends, in rings. "gathered":
+how often the parameters are, or rows instead. "moves": other exchanges. Forms without
+reduce_axis are under automatic sharding, which reduces the gradient of a tied embedding
+twice. The state of train_step(reduce_axis) is that of a plain accumulate, the same on
+all devices, or sharded as the parameters; accumulate(reduce_axis) keeps their sums
+apart until the window closes.
+
+    accumax, compiled, 2026-11-21, jax 0.10.2, optax 0.2.8, accumax 0.1.0
+    8 x H100 80GB (compiled on AMD EPYC x 2, load 3.7)
+
+    a transformer of 671 MB, 8 microbatches in one call
+                                  args   temp    sum  /one device
+    automatic sharding           3.000  2.203  5.203        1.217
+    optax.microbatching          3.000  2.209  5.209        1.219
+    value_and_grad(reduce_axis)  3.000  1.275  4.275        1.000
+    one device                   3.000  1.275  4.275        1.000
+
+    What it sends
+                                  loop  boundary  outside  ops     MB  gathered  moves
+    automatic sharding           8.800     0.000    0.000   48  10336     0.000      0
+    optax.microbatching          8.800     0.000    0.000  208  10336     0.000      0
+    value_and_grad(reduce_axis)  0.000     0.000    1.000    5   1175     0.000      0
+
+    The same, a window of 8 calls
+                              args   temp    sum  /one device
+    optax.MultiSteps         4.000  1.209  5.209        1.230
+    train_step               4.000  1.203  5.203        1.229
+    train_step(reduce_axis)  4.000  0.303  4.303        1.016
+    accumulate(reduce_axis)  4.000  0.241  4.241        1.001
+    one device               4.000  0.234  4.234        1.000
+
+    What it sends
+                              loop  boundary  outside  ops     MB  gathered  moves
+    optax.MultiSteps         7.200     0.000    1.600  208  10336     0.000      0
+    train_step               0.000     0.000    8.800   48  10336     0.000      0
+    train_step(reduce_axis)  0.000     0.000    8.000   40   9397     0.000      0
+    accumulate(reduce_axis)  0.000     1.000    0.000    5   1175     0.000      0
+
+    Sharded: a transformer of 671 MB, 8 microbatches in one call
+    gather, reduce       args   temp    sum  gathered  reduced    loop     MB  moves
+    automatic sharding  0.375  0.513  0.888    15.401   10.000  10.000  18265    480
+    each, each          0.375  0.513  0.888    15.401   10.000  10.000  18265    480
+    each, once          0.375  2.484  2.859     8.000    1.000   0.000   5286      0
+    once, each          0.375  2.419  2.794     1.000    8.000   8.000   5286      0
+    once, once          0.375  2.300  2.675     1.000    1.000   0.000   1175      0
+
+    Sharded: a transformer of 671 MB, a window of 8 calls
+    gather, reduce       args   temp    sum  gathered  reduced   loop     MB  moves
+    automatic sharding  0.500  0.388  0.888    15.401   10.000  9.600  18265    480
+    each, each          0.500  0.388  0.888    15.401   10.000  9.600  18265    480
+    each, once          0.500  2.103  2.603     8.000    8.000  0.000   9397      0
+    once, each          0.500  2.072  2.572     8.000    8.000  0.000   9397      0
+    once, once          0.500  2.103  2.603     8.000    8.000  0.000   9397      0
+
+    Sharded: 16 matrices of 1024 x 1024, not scanned, 8 microbatches in one call
+    gather, reduce       args   temp    sum  gathered  reduced   loop   MB  moves
+    automatic sharding  0.500  1.453  1.953     8.000    8.000  8.000  940      0
+    each, each          0.500  1.453  1.953     8.000    8.000  8.000  940      0
+    each, once          0.500  2.281  2.781     8.000    1.000  0.000  528      0
+    once, each          0.500  2.250  2.750     1.000    8.000  8.000  528      0
+    once, once          0.500  2.547  3.047     1.000    1.000  0.000  117      0
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import devices
+import exchanges
+import forms
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import report
+import transformer
+from devices import CHIPS
+from exchanges import GATHERS, MOVES, REDUCTIONS, Found
+from forms import ADAMW, EVERY, Form
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import accumax
+
+
+class Case(NamedTuple):
+    """A step to be compiled.
+
+    Attributes:
+      form: the step.
+      calls: in a window. A call has EVERY microbatches where a window is one call.
+      apart: whether `acc_grads` has the sum of each device.
+      params: how parameters are sharded; the optimizer's moments are sharded alike.
+    """
+
+    form: Form
+    calls: int = 1
+    apart: bool = False
+    params: Any = P()
+
+
+class Model(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      loss: `(params, batch) -> () float`.
+      params: their shapes.
+      batch: the shape of one, from its number of rows.
+      rows: of a microbatch, on each device.
+    """
+
+    loss: Callable[..., Any]
+    params: Any
+    batch: Callable[[int], jax.ShapeDtypeStruct]
+    rows: int = 1
+
+    @property
+    def megabytes(self) -> float:
+        return sum(p.size for p in jax.tree.leaves(self.params)) * 4e-6
+
+
+AXIS = "data"
+ONE = "one device"
+AUTO = "automatic sharding"
+REDUCED = "value_and_grad(reduce_axis)"
+PLAIN = "train_step(reduce_axis)"
+APART = "accumulate(reduce_axis)"
+BARRED = REDUCED, PLAIN, APART
+PLACES: Any = ("loop",), ("boundary", "branch"), ("outside",)
+WHEN = "each", "once"  # the parameters are gathered, and the gradients reduced
+MATRICES = 16, 1024, 256  # and the rows of a microbatch, on each device
+
+
+def within_a_call(model: Model, mesh: Mesh) -> dict[str, Case]:
+    """EVERY microbatches in one call, which is the window."""
+    loss, whole = model.loss, model.rows * mesh.size
+
+    def applied(gradient: forms.Gradient) -> Case:
+        return Case(forms.whole(forms.applied(ADAMW), gradient))
+
+    found = {AUTO: applied(accumax.value_and_grad(loss, microbatch_size=whole))}
+    if hasattr(optax, "microbatching"):  # Optax 0.2.5 has none
+        found[forms.MICROBATCHING] = applied(
+            forms.peer(jax.value_and_grad(loss), whole)
+        )
+    found[REDUCED] = applied(
+        accumax.value_and_grad(loss, microbatch_size=whole, reduce_axis=AXIS, mesh=mesh)
+    )
+    return found
+
+
+def across_calls(model: Model, mesh: Mesh) -> dict[str, Case]:
+    """A window of EVERY calls."""
+    loss, multi = model.loss, optax.MultiSteps(ADAMW, EVERY).gradient_transformation()
+    plain = accumax.accumulate(ADAMW, EVERY)
+    apart = accumax.accumulate(ADAMW, EVERY, reduce_axis=AXIS, mesh=mesh)
+
+    def fused(tx: optax.GradientTransformation, **options: Any) -> Form:
+        return Form(accumax.train_step(loss, tx, **options), tx.init)
+
+    gradient = jax.value_and_grad(loss)
+    return {
+        forms.MULTISTEPS: Case(forms.whole(forms.applied(multi), gradient), EVERY),
+        forms.TRAIN_STEP: Case(fused(plain), EVERY),
+        PLAIN: Case(fused(plain, reduce_axis=AXIS, mesh=mesh), EVERY),
+        APART: Case(fused(apart), EVERY, apart=True),
+    }
+
+
+def sharded(model: Model, mesh: Mesh, calls: int) -> dict[str, Case]:
+    """Parameters and optimizer state divided over the devices, in a window of `calls`,
+    one or EVERY."""
+
+    def spec(p: Any) -> P:
+        longest = p.shape.index(max(p.shape))
+        cut = [AXIS if i == longest else None for i in range(len(p.shape))]
+        return P() if p.shape[longest] % mesh.size else P(*cut)
+
+    specs = jax.tree.map(spec, model.params)
+
+    def applied(**options: Any) -> Case:
+        if calls > 1:
+            tx = accumax.accumulate(ADAMW, calls)
+            step = accumax.train_step(model.loss, tx, **options)
+            return Case(Form(step, tx.init), calls, params=specs)
+        gradient = accumax.value_and_grad(
+            model.loss, microbatch_size=model.rows * mesh.size, **options
+        )
+        return Case(forms.whole(forms.applied(ADAMW), gradient), params=specs)
+
+    options: Any = {"reduce_axis": AXIS, "mesh": mesh, "param_specs": specs}
+    return {AUTO: applied()} | {
+        f"{gather}, {reduce}": applied(gather=gather, reduce=reduce, **options)
+        for gather in WHEN
+        for reduce in WHEN
+    }
+
+
+def every(cases: dict[str, Case], model: Model, mesh: Mesh) -> dict[str, Found]:
+    return {name: compiled(case, model, mesh) for name, case in cases.items()}
+
+
+def compiled(case: Case, model: Model, mesh: Mesh) -> Found:
+    """With a batch that is sharded over the mesh, which has one axis."""
+    params = model.params
+    batch = model.batch(model.rows * mesh.size * EVERY // case.calls)
+
+    def place(tree: Any, specs: Any) -> Any:
+        specs = jax.tree.broadcast(specs, tree, is_leaf=lambda x: isinstance(x, P))
+        return jax.tree.map(
+            lambda s, spec: jax.ShapeDtypeStruct(
+                s.shape, s.dtype, sharding=NamedSharding(mesh, spec)
+            ),
+            tree,
+            specs,
+        )
+
+    placed = place(params, case.params)
+    alike = {s.shape: s.sharding.spec for s in jax.tree.leaves(placed)}
+    state = jax.eval_shape(case.form.init, params)
+    specs = jax.tree.map(lambda s: alike.get(s.shape, P()), state)
+    if case.apart:
+        specs = specs._replace(acc_grads=P(AXIS))
+    given = placed, place(state, specs)
+    kept = jax.tree.map(lambda s: s.sharding, given)
+    step = jax.jit(
+        case.form.step,
+        donate_argnums=(0, 1),
+        keep_unused=True,
+        out_shardings=(*kept, None),  # else XLA may choose others, and not reuse them
+    )
+    step = step.lower(*given, place(batch, P(AXIS))).compile()
+    memory: Any = step.memory_analysis()
+    unit = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
+    return Found(
+        memory.argument_size_in_bytes / unit,
+        memory.temp_size_in_bytes / unit,
+        (memory.output_size_in_bytes - memory.alias_size_in_bytes) / unit,
+        unit,
+        case.calls,
+        exchanges.collectives(step.as_text() or ""),
+    )
+
+
+def print_window(title: str, found: dict[str, Found], baseline: str) -> None:
+    base = found[baseline].total
+    report.table(
+        title,
+        ["", "args", "temp", "sum", f"/{baseline}"],
+        [
+            [name]
+            + [f"{x:.3f}" for x in (f.arguments, f.temp, f.total, f.total / base)]
+            for name, f in found.items()
+        ],
+    )
+    report.table(
+        "What it sends",
+        ["", *"loop boundary outside ops MB gathered moves".split()],
+        [
+            [name]
+            + [f"{f.volume(REDUCTIONS, *places):.3f}" for places in PLACES]
+            + [f"{f.count(REDUCTIONS, f.unit / 1000)}", f"{f.wire() / 1e6:.0f}"]
+            + [f"{f.volume(GATHERS):.3f}", f"{f.count(MOVES)}"]
+            for name, f in found.items()
+            if name != ONE
+        ],
+    )
+
+
+def print_sharded(title: str, found: dict[str, Found]) -> None:
+    report.table(
+        title,
+        ["gather, reduce", *"args temp sum gathered reduced loop MB moves".split()],
+        [
+            [name]
+            + [f"{x:.3f}" for x in (f.arguments, f.temp, f.total)]
+            + [f"{f.volume(ops):.3f}" for ops in (GATHERS, REDUCTIONS)]
+            + [f"{f.volume(REDUCTIONS, 'loop'):.3f}", f"{f.wire() / 1e6:.0f}"]
+            + [f"{f.count(MOVES)}"]
+            for name, f in found.items()
+        ],
+    )
+
+
+def bars(found: dict[str, Found]) -> list[report.Bar]:
+    """Of the forms in `found` that have some."""
+    limits, one = [], found[ONE]
+    for name in BARRED:
+        if name not in found:
+            continue
+        f = found[name]
+        limits += [
+            (f"memory of {name} / one device", f.total / one.total, 1.05),
+            (f"gradients reduced in a loop, {name}", f.volume(REDUCTIONS, "loop"), 0),
+            (f"arrays gathered or moved, {name}", f.count(GATHERS + MOVES), 0),
+        ]
+        if name != PLAIN:  # which reduces in every call
+            what = f"gradients reduced in a window, {name}"
+            limits.append((what, f.volume(REDUCTIONS), 1.001))
+    return limits
+
+
+def setting(description: str | None, argv: list[str] | None) -> tuple[str, Model, Any]:
+    """What the command line asks for, and the devices; prints the header."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", nargs="?", default="cpu", choices=("cpu", *CHIPS))
+    parser.add_argument(
+        "--size",
+        default="",
+        help=f"the transformer: {','.join(transformer.Size._fields)}",
+    )
+    args = parser.parse_args(argv)
+    size = transformer.Size(*(int(n) for n in args.size.split(",") if n))
+    on = devices.devices(args.target)
+    chip = CHIPS.get(args.target, "CPU")
+    host = report.host()
+    report.header("accumax, compiled", f"{len(on)} x {chip} (compiled on {host})")
+
+    def batch(rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, size.length + 1), jnp.int32)
+
+    loss = functools.partial(transformer.loss, size)
+    return args.target, Model(loss, transformer.shapes(size), batch, size.rows), on
+
+
+def main(argv: list[str] | None = None) -> None:
+    _, model, on = setting(__doc__, argv)
+    mesh, alone = (Mesh(np.array(d), (AXIS,)) for d in (on, on[:1]))
+    loss, what = model.loss, f"a transformer of {model.megabytes:.0f} MB"
+    calls = f"a window of {EVERY} calls"
+    parts = f"{EVERY} microbatches in one call"
+
+    gradient = accumax.value_and_grad(loss, microbatch_size=model.rows)
+    one = {ONE: Case(forms.whole(forms.applied(ADAMW), gradient))}
+    within = every(within_a_call(model, mesh), model, mesh) | every(one, model, alone)
+    print_window(f"{what}, {parts}", within, ONE)
+
+    tx = accumax.accumulate(ADAMW, EVERY)
+    one = {ONE: Case(Form(accumax.train_step(loss, tx), tx.init), EVERY)}
+    across = every(across_calls(model, mesh), model, mesh) | every(one, model, alone)
+    print_window(f"The same, {calls}", across, ONE)
+
+    limits, (count, width, rows) = bars(within) + bars(across), MATRICES
+    matrices = Model(
+        forms.matrices_loss,
+        forms.matrices(count, width),
+        lambda n: jax.ShapeDtypeStruct((n, width), jnp.float32),
+        rows,
+    )
+    unrolled = f"{count} matrices of {width} x {width}, not scanned"
+    for name, each in ((what, model), (unrolled, matrices)):
+        for title, n in ((parts, 1), (calls, EVERY)):
+            found = every(sharded(each, mesh, n), each, mesh)
+            print_sharded(f"Sharded: {name}, {title}", found)
+            if n == 1:
+                f = found["once, once"]
+                pair = f.volume(GATHERS), f.volume(REDUCTIONS)
+                limits.append((f"gathered or reduced once, {name}", max(pair), 1.002))
+
+    report.bars(limits)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""What more devices would send, on paper: up to 4,096, at other speeds of their links.
+
+It compiles the programs of `collectives.py` for eight devices, and runs nothing.
+
+    python benchmarks/scaling.py        # eight of this machine's CPU, links of H100s
+    python benchmarks/scaling.py gpu    # eight H100 that need not be there
+    python benchmarks/scaling.py tpu    # eight TPU v5e that need not be there
+    python benchmarks/scaling.py cpu --size 4,256,4,1024,64     # a smaller model
+
+A window is one call with eight microbatches. What a program for eight devices executes
+is taken for what one for more would; the bytes are those of rings, in the islands that
+fast links connect and then between them, at what vendors state. Nothing overlaps.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import report
+from collectives import (
+    AUTO,
+    AXIS,
+    REDUCED,
+    every,
+    setting,
+    sharded,
+    within_a_call,
+)
+from exchanges import Collective, Found
+from forms import EVERY
+from jax.sharding import Mesh
+
+
+class Links(NamedTuple):
+    """What connects the devices of a cluster; bytes a second that a device can send.
+
+    Attributes:
+      island: the devices that the fast links connect.
+      fast, slow: within an island, and from one to another.
+    """
+
+    island: int
+    fast: float
+    slow: float
+
+    def seconds(self, x: Collective, count: int) -> float:
+        """For one execution by `count` devices: in the islands, then between them."""
+        inner = min(count, self.island)
+        outer = count // inner
+        return x.wire(inner) / self.fast + x.wire(outer) / inner / self.slow
+
+
+class Chip(NamedTuple):
+    """On paper: what the vendors state, of which real ones reach less.
+
+    Attributes:
+      flops: a second, in bfloat16, the peak.
+      links: by name.
+    """
+
+    flops: float
+    links: dict[str, Links]
+
+
+PAPER = {
+    "gpu": Chip(
+        989e12,
+        {
+            "NVLink 450 GB/s, between nodes of 8 InfiniBand 50 GB/s a GPU": Links(
+                8, 450e9, 50e9
+            ),
+            "NVLink 450 GB/s, between nodes of 8 Ethernet 12.5 GB/s a node": Links(
+                8, 450e9, 12.5e9 / 8
+            ),
+        },
+    ),
+    "tpu": Chip(
+        197e12,
+        {
+            "ICI 90 GB/s, between pods of 256 a network of 3.1 GB/s a chip": Links(
+                256, 90e9, 3.1e9
+            )
+        },
+    ),
+}
+DEVICES = (8, 64, 512, 4096)
+TOKENS = 4096  # of a microbatch, on each device
+REACHED = 0.4  # of the peak
+
+
+def print_scaling(found: dict[str, Found], target: str) -> None:
+    """The counts of the programs for eight devices, at other numbers of them."""
+    counts = [f"{n:,}" for n in DEVICES]
+
+    def by_count(title: str, of: Callable[[Found, int], float], digits: int) -> None:
+        rows = [
+            [name, *(f"{of(f, n):,.{digits}f}" for n in DEVICES)]
+            for name, f in found.items()
+        ]
+        report.table(title, ["", *counts], rows)
+
+    by_count("MB sent in a window, by devices", lambda f, n: f.wire(n) / 1e6, 0)
+    chip = PAPER["gpu" if target == "cpu" else target]
+    parameters = next(iter(found.values())).unit / 4
+    # Forward, backward, and forward once more for the rematerialisation.
+    flops = 8 * parameters * TOKENS * EVERY
+    computed = 1e3 * flops / (chip.flops * REACHED)
+    print(
+        f"\nA window computes for {computed:.0f} ms: {TOKENS:,} tokens in a "
+        f"microbatch, {REACHED:.0%} of {chip.flops / 1e12:.0f} TFLOP/s."
+    )
+    for name, links in chip.links.items():
+
+        def sent(f: Found, n: int, links: Links = links) -> float:
+            return 1e3 * sum(links.seconds(x, n) * f.times(x) for x in f.each)
+
+        by_count(f"ms to send it; {name}", sent, 1)
+        by_count(
+            "Tokens in a microbatch below which to send takes longer than to compute",
+            lambda f, n, sent=sent: TOKENS * sent(f, n) / computed,
+            0,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    target, model, on = setting(__doc__, argv)
+    mesh = Mesh(np.array(on), (AXIS,))
+    whole = within_a_call(model, mesh)
+    whole = {name: case for name, case in whole.items() if name in (AUTO, REDUCED)}
+    parts = {f"sharded: {k}": case for k, case in sharded(model, mesh, 1).items()}
+    print_scaling(every(whole | parts, model, mesh), target)
+
+
+if __name__ == "__main__":
+    main()
