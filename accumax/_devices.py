@@ -141,7 +141,7 @@ class Axes:
             for eqn in jaxpr.eqns:
                 leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
                 named = any(x in self.names for x in leaves if isinstance(x, str))
-                if named and eqn.primitive.name != "axis_index":
+                if named and eqn.primitive.name not in _SILENT:
                     return True
                 inner = [getattr(x, "jaxpr", x) for x in filter(_is_jaxpr, leaves)]
                 if any(map(exchanges, inner)):
@@ -171,8 +171,8 @@ class Axes:
             )
 
         # Not checked: a loss is to need no change, and under the check a scan that
-        # begins with zeros needs one.
-        # But what is around it may be checked, and then so is what is in it.
+        # begins with zeros needs one. But what is around this may be checked, and then
+        # what is in it must be.
         mapped = jax.shard_map(
             on_device,
             mesh=None if nested else mesh,
@@ -214,7 +214,6 @@ class Axes:
         """
         explicit = self._explicit
         like = numerics.differentiable(like)
-
         self.check_whole("params", like)
         specs = jax.tree.map(spec_of, like)
 
@@ -351,6 +350,10 @@ def unstacked(tree: PyTree) -> PyTree:
 
 def is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray))
+
+
+# Primitives that name an axis and send nothing.
+_SILENT = "axis_index", "pcast", "pvary"
 
 
 def _is_jaxpr(x: Any) -> bool:

@@ -140,6 +140,27 @@ def test_integers_give_the_bits_of_one_device():
     assert np.any(np.asarray(many[1]["w"]))
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_integers_give_the_bits_of_one_device_across_calls(in_place):
+    def end(reduce_axis, put=lambda x, spec=None: x):
+        tx = accumax.accumulate(optax.sgd(0.5, 0.5), 2, reduce_axis=reduce_axis)
+        step = accumax.train_step(exact, tx, microbatch_size=16, in_place=in_place)
+        params = put({"w": jnp.zeros(4), "b": jnp.ones(3)})
+        state, step = tx.init(params), jax.jit(step, donate_argnums=(0, 1))
+        for i in range(5):  # two windows, and a part of the third
+            rows = jax.tree.map(lambda x, i=i: x - i, INTEGERS)
+            params, state, loss = step(params, state, put(rows, P("data")))
+        return params, state, loss
+
+    want, state, want_loss = end(None)
+    with jax.set_mesh(mesh_of(shape=(4,))):
+        params, apart, loss = end("data", put)
+    assert same_bits((want, want_loss), (params, loss))
+    sums = jax.tree.map(lambda a: np.asarray(a).sum(0), apart.acc_grads)
+    assert jax.tree.all(jax.tree.map(np.array_equal, sums, state.acc_grads))
+    assert same_bits(apart._replace(acc_grads=()), state._replace(acc_grads=()))
+
+
 def test_a_loss_that_begins_a_scan_with_zeros_needs_no_change():
     def recurrent(params, batch):
         def step(h, x):
