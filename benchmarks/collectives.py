@@ -53,7 +53,7 @@ apart until the window closes.
     automatic sharding  0.375  0.513  0.888    15.401   10.000  10.000  18265    480
     each, each          0.375  0.513  0.888    15.401   10.000  10.000  18265    480
     each, once          0.375  2.484  2.859     8.000    1.000   0.000   5286      0
-    once, each          0.375  2.419  2.794     1.000    8.000   8.000   5286      0
+    once, each          0.375  2.437  2.812     1.000    8.000   8.000   5286      0
     once, once          0.375  2.300  2.675     1.000    1.000   0.000   1175      0
 
     Sharded: a transformer of 671 MB, a window of 8 calls
