@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec
 from . import _loss, _reduce
 from . import _numerics as numerics
 from ._accumulator import Accumulator, counts
-from ._devices import Axes, stacked, unstacked
+from ._devices import Axes, on_first, stacked, unstacked
 from ._gather import Gather, specs_of
 from ._inplace import add_backward, reset
-from ._loop import Carrying, Loop, live_part
-from ._loss import Loss
+from ._loop import Loop, live_part
+from ._loss import Carrying, Loss
 from ._split import Split
 from ._types import ArrayLike, PyTree
 
@@ -72,8 +72,7 @@ def by_microbatch(
         return over.backward()
 
     def gradient(model: PyTree, args: tuple) -> tuple[Loss, PyTree, ArrayLike]:
-        zeros = numerics.minus_zeros_like(accumulator.init(model).grads)
-        return _run(loop, divide, model, args, zeros)
+        return _run(loop, divide, model, args, loop.zeros(accumulator, model, None))
 
     def add(
         model: PyTree, args: tuple, sums: PyTree, first: jax.Array
@@ -171,7 +170,12 @@ class _OverDevices:
 
     def _gradient(self, divide: Split, cuts: PyTree, model: PyTree, args: tuple) -> Any:
         loss, grads, usable = _run(
-            self.loop, divide, model, args, self._zeros(model, cuts), cuts
+            self.loop,
+            divide,
+            model,
+            args,
+            self.loop.zeros(self.accumulator, model, cuts),
+            cuts,
         )
         return loss, self._total(grads, cuts), usable
 
@@ -193,20 +197,9 @@ class _OverDevices:
         if gather is not None:
             sums = gather.begun(sums, cuts)
         elif not self.apart:
-            mine = axes.index() == 0
-            sums = jax.tree.map(
-                lambda s: jnp.where(mine, s, numerics.minus_zero(s.dtype)), sums
-            )
+            sums = jax.tree.map(lambda s: on_first(s, axes.names), sums)
         loss, sums, usable = _run(self.loop, divide, model, args, sums, cuts)
         return loss, self._total(sums, cuts), usable
 
-    def _zeros(self, model: PyTree, cuts: PyTree) -> PyTree:
-        if self.gather is None:
-            return numerics.minus_zeros_like(self.accumulator.init(model).grads)
-        shapes = jax.eval_shape(self.accumulator.init, model).grads
-        return self.gather.zeros(shapes, cuts)
-
     def _total(self, sums: PyTree, cuts: PyTree) -> PyTree:
-        if self.gather is not None:
-            return self.gather.sum(sums, cuts)
-        return sums if self.apart else self.axes.sum(sums)
+        return sums if self.apart else self.loop.total(sums, cuts)

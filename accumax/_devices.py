@@ -134,22 +134,6 @@ class Axes:
         """Whether the mesh has no other axis along which anything could be divided."""
         return math.prod(self.where().shape.values()) == self.count
 
-    def couples(self, fun: Callable[..., Any], *args: Any) -> bool:
-        """Whether `fun(*args)` has the devices exchange anything. `inside`."""
-
-        def exchanges(jaxpr: Any) -> bool:
-            for eqn in jaxpr.eqns:
-                leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
-                named = any(x in self.names for x in leaves if isinstance(x, str))
-                if named and eqn.primitive.name not in _SILENT:
-                    return True
-                inner = [getattr(x, "jaxpr", x) for x in filter(_is_jaxpr, leaves)]
-                if any(map(exchanges, inner)):
-                    return True
-            return False
-
-        return exchanges(jax.make_jaxpr(fun)(*args).jaxpr)
-
     def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
         """`fun(*args)` on each device, which then is `inside`.
 
@@ -348,16 +332,13 @@ def unstacked(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x[0], tree)
 
 
+def on_first(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
+    """`x` on the first device along these axes, -0.0 on the others."""
+    return jnp.where(lax.axis_index(names) == 0, x, numerics.minus_zero(x.dtype))
+
+
 def is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray))
-
-
-# Primitives that name an axis and send nothing.
-_SILENT = "axis_index", "pcast", "pvary"
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return hasattr(getattr(x, "jaxpr", x), "eqns")
 
 
 def _is_spec(x: Any) -> bool:

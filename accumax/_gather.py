@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import _numerics as numerics
-from ._devices import Axes
+from ._devices import Axes, on_first
 from ._shardings import explicit_axes, names_in, only, spec_of
 from ._types import ArrayLike, PyTree
 
@@ -122,12 +122,7 @@ class Gather:
             return Cut(here, dims, rest)
 
         live = numerics.differentiable(params)
-        specs = jax.tree.map(
-            lambda x, spec: None if x is None else spec,
-            live,
-            specs,
-            is_leaf=lambda x: x is None,
-        )
+        specs = numerics.masked(specs, live)
         return jax.tree_util.tree_map_with_path(cut, live, specs)
 
     @property
@@ -174,11 +169,7 @@ class Gather:
         """Sums to go on with, where several devices have the same part: on one."""
 
         def own(s: jax.Array, cut: Cut) -> jax.Array:
-            if not cut.rest:
-                return s
-            return jnp.where(
-                lax.axis_index(cut.rest) == 0, s, numerics.minus_zero(s.dtype)
-            )
+            return on_first(s, cut.rest) if cut.rest else s
 
         return jax.tree.map(own, sums, cuts)
 

@@ -12,8 +12,7 @@ from . import _numerics as numerics
 from . import _statistics
 from ._arguments import Place, rows_of
 from ._devices import Axes, is_array
-from ._loop import Carrying
-from ._loss import Loss
+from ._loss import Carrying, Loss
 from ._split import fold_in
 from ._types import ArrayLike, PyTree
 

@@ -16,6 +16,7 @@ from jax import lax
 from jax.core import Tracer
 
 from . import _numerics as numerics
+from ._jaxprs import sliced_leaves
 from ._shardings import fitted, typed_like
 from ._types import ArrayLike, PyTree
 
@@ -204,41 +205,8 @@ def _ports(fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree) -> Iterat
     dtypes = jax.tree.map(lambda p, s: p.dtype != s.dtype, params, sums)
     yield dtypes
     try:
-        sliced = _sliced(fun, params)
+        sliced = sliced_leaves(fun, params)
     except Exception:
         return
     if any(jax.tree.leaves(sliced)):  # else it would be the first again
         yield jax.tree.map(lambda a, b: a or b, dtypes, sliced)
-
-
-def _sliced(fun: Callable[[PyTree], Any], params: PyTree) -> PyTree:
-    """For each leaf of `params`, whether a slice of its tangent is taken, at any depth.
-
-    Of the tangent and not of the parameter: in `(p + 1)[0]` they differ.
-    """
-
-    def walk(jaxpr: Any, names: dict[Any, Any]) -> set[Any]:
-        found = set()
-        for eqn in jaxpr.eqns:
-            args = [None if hasattr(x, "val") else names.get(x) for x in eqn.invars]
-            if eqn.primitive.name in ("slice", "dynamic_slice"):
-                found |= {args[0]}
-            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-                if _is_jaxpr(inner):
-                    inner = getattr(inner, "jaxpr", inner)
-                    # All operands of a loop or a call; a conditional's come last.
-                    passed = args[len(args) - len(inner.invars) :]
-                    found |= walk(inner, dict(zip(inner.invars, passed, strict=False)))
-        return found
-
-    def tangent(tangents: PyTree) -> jax.Array:
-        return jax.jvp(lambda p: fun(p)[0], (params,), (tangents,))[1]
-
-    jaxpr = jax.make_jaxpr(tangent)(params).jaxpr
-    found = walk(jaxpr, {x: i for i, x in enumerate(jaxpr.invars)})
-    leaves = [i in found for i in range(len(jaxpr.invars))]
-    return jax.tree.structure(params).unflatten(leaves)
-
-
-def _is_jaxpr(x: Any) -> bool:
-    return hasattr(getattr(x, "jaxpr", x), "eqns")

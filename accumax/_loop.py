@@ -11,43 +11,17 @@ from jax import lax
 
 from . import _loss, _reduce
 from . import _numerics as numerics
-from ._accumulator import Sums, accumulator
+from ._accumulator import Accumulator, Sums, accumulator
 from ._devices import Axes
 from ._gather import Gather
 from ._inplace import add_backward, at_most_once
-from ._loss import Loss
+from ._jaxprs import exchanges
+from ._loss import Carrying, Loss
 from ._shardings import fitted, typed_like
 from ._split import Part, Parts
 from ._types import ArrayLike, PyTree
 
 _TREES = accumulator()  # of trees that are sums already, in whatever dtype these have
-
-
-@dataclasses.dataclass(frozen=True)
-class Carrying:
-    """A loss that is handed a state by the microbatch before it.
-
-    `fun` takes `(given, state)` as one more argument, the first, where `given` is the
-    same for all, and returns the next state in `(state, aux)`, with or without
-    `has_aux`. `value_and_grad` of this takes that argument first and returns `(state,
-    result)`; a `train_step` of it takes it third and returns `(state, aux)` for the
-    aux.
-
-    `begin`: on one of several devices, `(axes, given, state) -> (given, state)` for its
-    own microbatches. `end`: `(axes, first, last) -> state`, what all devices have
-    together, from what its first microbatch was to be handed and its last one gave.
-    """
-
-    fun: Callable[..., Any]
-    begin: Callable[..., Any]
-    end: Callable[..., Any]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fun(*args, **kwargs)
-
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return self.fun  # for inspect.signature
 
 
 class Outcome(NamedTuple):
@@ -97,6 +71,19 @@ class Loop:
     def on_one(self) -> "Loop":
         """The same for a call whose rows are not divided over devices."""
         return dataclasses.replace(self, axes=None, gather=None)
+
+    def zeros(self, accumulated: Accumulator, live: PyTree, cuts: PyTree) -> PyTree:
+        """-0.0 to add the gradients of one call in; `cuts` as for `run`."""
+        if self.gather is None:
+            return numerics.minus_zeros_like(accumulated.init(live).grads)
+        shapes = jax.eval_shape(accumulated.init, live).grads
+        return self.gather.zeros(shapes, cuts)
+
+    def total(self, sums: PyTree, cuts: PyTree) -> PyTree:
+        """The sums of all devices, from those that `run` gave."""
+        if self.gather is not None:
+            return self.gather.sum(sums, cuts)
+        return sums if self.axes is None else self.axes.sum(sums)
 
     @property
     def carries(self) -> bool:
@@ -222,7 +209,10 @@ class _Term:
         self.loop, self.fun, self.live, self.parts = loop, fun, live, parts
         self.seed, self.counted, self.carried = seed, counted, carried
         self.given, self.cuts = given, cuts
-        shapes = [self._shape(part) for part in parts.each()]
+        shapes = [
+            jax.eval_shape(lambda carried, part=part: self.loss(part, carried), carried)
+            for part in parts.each()
+        ]
         self.shape = shapes[0]
         self.in_place, self.agree = loop.in_place, lambda taken: taken
         if loop.axes is not None:
@@ -254,20 +244,17 @@ class _Term:
         """
 
         def value(carried: PyTree) -> jax.Array:
-            return self.read(self.whole(part), part, carried)[0].value
+            return self.loss(part, carried).value
 
-        if axes.couples(value, self.carried):
+        if exchanges(axes.names, value, self.carried):
             # The loss of the others depends on a device without weight, too.
             self.agree = axes.any
         elif not axes.alone:
             # XLA may let devices of different weights exchange what they computed.
             self.in_place = False
 
-    def _shape(self, part: Part) -> Loss:
-        def shape(carried: PyTree) -> Loss:
-            return self.read(self.whole(part), part, carried)[0]
-
-        return jax.eval_shape(shape, self.carried)
+    def loss(self, part: Part, carried: PyTree) -> Loss:
+        return self.read(self.whole(part), part, carried)[0]
 
     def whole(self, part: Part) -> dict[int, PyTree]:
         """What is differentiated, of which a device may have a part only."""
@@ -350,8 +337,7 @@ def _normalise(terms: list[_Term], parts: Parts, axes: Axes | None) -> jax.Array
 
     def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
         def added(term: _Term, total: jax.Array) -> jax.Array:
-            loss, _ = term.read(term.whole(part), part, term.carried)
-            return total + term.weigh(loss, part)[0]
+            return total + term.weigh(term.loss(part, term.carried), part)[0]
 
         return [added(*pair) for pair in zip(terms, sums, strict=True)]
 

@@ -1,6 +1,7 @@
-"""What a loss function returns: checked, and in one form."""
+"""Losses: what one returns, checked and in one form, and those with a state."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,33 @@ class Loss(NamedTuple):
         counts = weight != 0  # and not "> 0": a NaN is to be seen
         mean = self.value.astype(dtype) / jnp.where(counts, weight, 1)
         return jnp.where(counts, mean, 0).astype(self.value.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Carrying:
+    """A loss that is handed a state by the microbatch before it.
+
+    `fun` takes `(given, state)` as one more argument, the first, where `given` is the
+    same for all, and returns the next state in `(state, aux)`, with or without
+    `has_aux`. `value_and_grad` of this takes that argument first and returns `(state,
+    result)`; a `train_step` of it takes it third and returns `(state, aux)` for the
+    aux.
+
+    `begin`: on one of several devices, `(axes, given, state) -> (given, state)` for its
+    own microbatches. `end`: `(axes, first, last) -> state`, what all devices have
+    together, from what its first microbatch was to be handed and its last one gave.
+    """
+
+    fun: Callable[..., Any]
+    begin: Callable[..., Any]
+    end: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fun(*args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.fun  # for inspect.signature
 
 
 def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:

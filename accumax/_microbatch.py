@@ -14,7 +14,8 @@ from ._accumulator import Sums, accumulator, usable
 from ._arguments import Places, at, check_argnums
 from ._devices import Axes, AxisNames, MeshLike, check_axes
 from ._gather import When, check_gather, specs_of
-from ._loop import Carrying, Loop, live_part
+from ._loop import Loop, live_part
+from ._loss import Carrying
 from ._split import Split, split
 from ._types import DTypeLike, PyTree
 
@@ -239,14 +240,14 @@ def value_and_grad(
             args,
             places,
             parts,
-            begin(loop, live, cuts),
+            placed(loop.zeros(accumulated, live, cuts), cuts),
             seed=lambda rows: rows / parts.unit if seeded else 1.0,
             # One that cannot be is not refused: there is no state to count it in.
             counted=lambda weight: jnp.where(usable(weight), weight, jnp.nan),
             carried=carried,
             cuts=cuts,
         )
-        sums = end(loop, out.grads, cuts)
+        sums = placed(loop.total(out.grads, cuts), cuts)
         grads, _ = accumulated.result(Sums(sums, out.weight, {}))
         grads = numerics.cast_like(grads, live)
 
@@ -259,21 +260,10 @@ def value_and_grad(
         )
         return (out.carried, result) if carries else result
 
-    def begin(loop: Loop, live: PyTree, cuts: PyTree) -> PyTree:
-        if loop.gather is not None:
-            shapes = jax.eval_shape(accumulated.init, live).grads
-            return loop.gather.zeros(shapes, cuts)
-        return placed(numerics.minus_zeros_like(accumulated.init(live).grads), cuts)
-
-    def end(loop: Loop, sums: PyTree, cuts: PyTree) -> PyTree:
-        if loop.gather is not None:
-            return loop.gather.sum(sums, cuts)
-        if loop.axes is not None:
-            return loop.axes.sum(sums)
-        return placed(sums, cuts)
-
     def placed(sums: PyTree, cuts: PyTree) -> PyTree:
-        return sums if gathering is None else gathering.placed(sums, cuts)
+        if gathering is None or not gathering.automatic:
+            return sums
+        return gathering.placed(sums, cuts)
 
     def out_specs(axes: Axes, grads: PyTree) -> Any:
         everywhere = PartitionSpec()

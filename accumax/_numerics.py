@@ -38,6 +38,13 @@ def differentiable(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x if is_differentiable(x) else None, tree)
 
 
+def masked(tree: PyTree, mask: PyTree) -> PyTree:
+    """`tree` with None wherever `mask` has None."""
+    return jax.tree.map(
+        lambda m, x: None if m is None else x, mask, tree, is_leaf=_is_none
+    )
+
+
 def restore(part: PyTree, tree: PyTree) -> PyTree:
     """`part`, with the leaves of `tree` wherever `part` has None."""
     return jax.tree.map(

@@ -182,7 +182,7 @@ def _gradient(
     def body(carry: tuple[PyTree, list[Any]], part: Part) -> Any:
         grads, given = carry
         arrays, ct = _arrays((part.args, part.kwargs)), cut(part.index, part.tail)
-        here = _where(rows, arrays)
+        here = numerics.masked(arrays, rows)
 
         def product(live: PyTree) -> tuple[jax.Array, Any]:
             # The gradient of <cotangent, outputs> is the cotangent's way back.
@@ -203,11 +203,11 @@ def _gradient(
         zeros = typed_like(numerics.minus_zeros_like(here), here)
         sums = with_rows(grads, zeros)
         _, sums = backward(product, live, sums, in_place=in_place)
-        given = reducer.add(given, _where(rows, sums[0]), part, 1.0)
-        return _where(shared, sums), given
+        given = reducer.add(given, numerics.masked(sums[0], rows), part, 1.0)
+        return numerics.masked(sums, shared), given
 
     def rows_of(part: Part) -> PyTree:
-        return _where(rows, _arrays((part.args, part.kwargs)))
+        return numerics.masked(_arrays((part.args, part.kwargs)), rows)
 
     reducer = _concatenated(rows_of, parts)
     grads = numerics.minus_zeros_like(accumulated.init(shared).grads)
@@ -253,13 +253,6 @@ def _of_places(call: PyTree, places: frozenset[Place], inside: bool) -> PyTree:
     return (
         tuple(part(n, x) for n, x in enumerate(args)),
         {name: part(name, x) for name, x in kwargs.items()},
-    )
-
-
-def _where(mask: PyTree, tree: PyTree) -> PyTree:
-    """`tree` with None wherever `mask` has None."""
-    return jax.tree.map(
-        lambda m, x: None if m is None else x, mask, tree, is_leaf=lambda m: m is None
     )
 
 

@@ -13,7 +13,8 @@ from ._arguments import Places, check_flush, parameters
 from ._backward import at_once, by_microbatch
 from ._devices import Axes, AxisNames, MeshLike, check_axes
 from ._gather import When, check_gather
-from ._loop import Carrying, Loop
+from ._loop import Loop
+from ._loss import Carrying
 from ._split import split
 from ._state import AccumulateState, gradient_of
 from ._types import ArrayLike, PyTree

@@ -10,16 +10,18 @@ import accumax
 PACKAGE = pathlib.Path(accumax.__file__).parent
 
 # A room may import those that are listed. Arrows go one way: _types -> _numerics ->
-# _shardings -> _devices -> _accumulator, _gather, _inplace, _loss, _arguments -> _split
-# -> _reduce -> _window, _loop -> the public forms -> _statistics, _handing -> Flax.
+# _jaxprs, _shardings -> _devices -> _accumulator, _gather, _inplace, _loss, _arguments
+# -> _split -> _reduce -> _window, _loop -> the public forms -> _statistics, _handing ->
+# Flax.
 ALLOWED = {
     "_types": set(),
     "_numerics": {"_types"},
+    "_jaxprs": {"_types"},
     "_shardings": {"_types"},
     "_devices": {"_types", "_numerics", "_shardings"},
     "_gather": {"_types", "_numerics", "_shardings", "_devices"},
     "_accumulator": {"_types", "_numerics"},
-    "_inplace": {"_types", "_numerics", "_shardings"},
+    "_inplace": {"_types", "_numerics", "_jaxprs", "_shardings"},
     "_loss": {"_numerics", "_accumulator"},
     "_arguments": {"_types", "_numerics"},
     "_split": {"_types", "_shardings", "_devices", "_inplace", "_arguments"},
@@ -37,6 +39,7 @@ ALLOWED = {
     "_loop": {
         "_types",
         "_numerics",
+        "_jaxprs",
         "_shardings",
         "_devices",
         "_gather",
@@ -60,6 +63,7 @@ ALLOWED = {
         "_devices",
         "_gather",
         "_accumulator",
+        "_loss",
         "_arguments",
         "_split",
         "_reduce",
@@ -92,6 +96,7 @@ ALLOWED = {
         "_devices",
         "_gather",
         "_accumulator",
+        "_loss",
         "_arguments",
         "_split",
         "_reduce",
@@ -109,7 +114,6 @@ ALLOWED = {
         "_loss",
         "_arguments",
         "_split",
-        "_loop",
         "_statistics",
     },
     "linen": {
