@@ -16,11 +16,14 @@ from jax import lax
 from jax.core import Tracer
 
 from . import _numerics as numerics
-from ._jaxprs import sliced_leaves
+from ._jaxprs import linear_program, sliced, unsafe_refs
 from ._shardings import fitted, typed_like
 from ._types import ArrayLike, PyTree
 
 T = TypeVar("T")
+
+# Whether this JAX adds gradients into the wrong refs; see `unsafe_refs`.
+_MISPLACES = jax.__version_info__ < (0, 11)
 
 
 def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
@@ -100,6 +103,11 @@ def add_backward(
     port; a ported parameter has a gradient, which is then added. So is all that runs
     without jit, where XLA does not make one program of it and there is nothing to save.
 
+    JAX before 0.11 swaps or loses gradients in silence where a scan has parameters
+    beside values computed from parameters, or a call is handed a parameter twice. The
+    loss's linear program says where (`unsafe_refs`), and those parameters are ported,
+    with a warning that gives the memory.
+
     Args:
       fun: `(params) -> (loss, (taken, aux))`: loss a real scalar; taken, () bool,
         whether its gradient is to be added, or None for always; aux any tree.
@@ -113,9 +121,13 @@ def add_backward(
     """
     failure = None
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, sums))):
-        for ported in _ports(fun, params, sums):
-            run = functools.partial(_add_backward, fun, ported)
+        attempts = _ports(fun, params, sums)
+        while True:
             try:
+                ported = next(attempts, None)
+                if ported is None:
+                    break
+                run = functools.partial(_add_backward, fun, ported)
                 return _isolated(run, params, sums, first)
             except Exception as error:  # one of `fun` itself comes again below
                 failure = repr(error).splitlines()[0]
@@ -203,10 +215,34 @@ def _ports(fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree) -> Iterat
     """For each leaf whether it needs a port: first as JAX says, then as it happens."""
     # From 0.12 on, JAX takes only a ref of the dtype of the variable that it is for.
     dtypes = jax.tree.map(lambda p, s: p.dtype != s.dtype, params, sums)
-    yield dtypes
-    try:
-        sliced = sliced_leaves(fun, params)
-    except Exception:
-        return
-    if any(jax.tree.leaves(sliced)):  # else it would be the first again
-        yield jax.tree.map(lambda a, b: a or b, dtypes, sliced)
+    leaves, structure = jax.tree.flatten(dtypes)
+    required = {i for i, port in enumerate(leaves) if port}
+
+    def mask(ported: set[int]) -> Any:
+        return structure.unflatten(i in ported for i in range(len(leaves)))
+
+    program = linear_program(fun, params) if _MISPLACES else None
+    ported = unsafe_refs(program, required) if _MISPLACES else required
+    if ported != required:
+        _warn_of_ports(params, ported - required)
+    yield mask(ported)
+    program = program or linear_program(fun, params)
+    more = ported | sliced(program)
+    if more != ported:  # else it would be the first again
+        yield mask(unsafe_refs(program, more) if _MISPLACES else more)
+
+
+def _warn_of_ports(params: PyTree, ported: set[int]) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = ", ".join(jax.tree_util.keystr(leaves[i][0]) for i in sorted(ported)[:8])
+    size = sum(leaves[i][1].nbytes for i in ported)
+    warnings.warn(
+        f"JAX {jax.__version__} would get the gradients of this loss wrong in place, "
+        "where a lax.scan has parameters beside values computed from parameters, or a "
+        "call is handed a parameter twice (JAX pull request 38929). So the gradients "
+        f"of {len(ported)} parameters ({paths}) are built and then added: the update "
+        f"is right, and a step takes up to {size} bytes more. JAX 0.11 does not need "
+        "this; in_place=False builds the gradients of all parameters without this "
+        "warning.",
+        stacklevel=4,
+    )

@@ -10,32 +10,63 @@ from ._types import PyTree
 # Primitives that name an axis and send nothing.
 _SILENT = "axis_index", "pcast", "pvary"
 
+# How a value in a linear program depends on its inputs: not at all (None), as the input
+# of that number, or computed from some of them.
+_COMPUTED = "computed"
 
-def sliced_leaves(fun: Callable[[PyTree], Any], params: PyTree) -> PyTree:
-    """For each leaf of `params`, whether a slice of its tangent is taken, at any depth.
 
-    Of the tangent and not of the parameter: in `(p + 1)[0]` they differ.
+def linear_program(fun: Callable[[PyTree], Any], params: PyTree) -> Any:
+    """The jaxpr whose transposition is the backward pass of `fun(params)[0]`.
+
+    Its inputs are the tangents of the leaves of `params`; residuals are constants.
     """
+    found = []
 
-    def walk(jaxpr: Any, names: dict[Any, Any]) -> set[Any]:
-        found = set()
-        for eqn in jaxpr.eqns:
-            args = [None if hasattr(x, "val") else names.get(x) for x in eqn.invars]
-            if eqn.primitive.name in ("slice", "dynamic_slice"):
-                found |= {args[0]}
-            for inner in _inner(eqn):
-                # All operands of a loop or a call; a conditional's come last.
-                passed = args[len(args) - len(inner.invars) :]
-                found |= walk(inner, dict(zip(inner.invars, passed, strict=False)))
-        return found
+    def trace(params: PyTree) -> None:
+        _, linear = jax.linearize(lambda p: fun(p)[0], params)
+        found.append(jax.make_jaxpr(linear)(params).jaxpr)
 
-    def tangent(tangents: PyTree) -> jax.Array:
-        return jax.jvp(lambda p: fun(p)[0], (params,), (tangents,))[1]
+    jax.eval_shape(trace, params)  # leaves nothing behind in the caller's trace
+    return found[0]
 
-    jaxpr = jax.make_jaxpr(tangent)(params).jaxpr
-    found = walk(jaxpr, {x: i for i, x in enumerate(jaxpr.invars)})
-    leaves = [i in found for i in range(len(jaxpr.invars))]
-    return jax.tree.structure(params).unflatten(leaves)
+
+def sliced(program: Any) -> set[int]:
+    """The inputs of a `linear_program` of which a slice is taken, at any depth."""
+    found = set()
+    for eqn, kinds in _walk(program, range(len(program.invars))):
+        if eqn.primitive.name in ("slice", "dynamic_slice"):
+            found |= _inputs(kinds[:1])
+    return found
+
+
+def unsafe_refs(program: Any, ported: set[int]) -> set[int]:
+    """`ported`, and the inputs of a `linear_program` that need a port as well.
+
+    Before 0.11, JAX transposes two things wrongly and in silence:
+
+    - A scan that has both refs and values among its constants, or among what it scans
+      over: each gets the gradient of another (JAX pull request 38929).
+    - A call, conditional or loop that is handed the same ref twice: what one of them
+      adds is lost.
+
+    So the inputs among such operands must not be refs. All others are safe: a ref is
+    then handed on once, into a jaxpr that has refs and values in the order that JAX
+    takes for granted.
+    """
+    while True:
+        kinds = [_COMPUTED if i in ported else i for i in range(len(program.invars))]
+        found = set(ported)
+        for eqn, operands in _walk(program, kinds):
+            if any(True for _ in _inner(eqn)):
+                inputs = [kind for kind in operands if isinstance(kind, int)]
+                found |= {kind for kind in inputs if inputs.count(kind) > 1}
+            if eqn.primitive.name == "scan":
+                consts, first = eqn.params["num_consts"], eqn.params["num_carry"]
+                for group in (operands[:consts], operands[consts + first :]):
+                    found |= _inputs(group) if _COMPUTED in group else set()
+        if found == ported:
+            return found
+        ported = found  # behind ports they are values, perhaps beside further inputs
 
 
 def exchanges(names: tuple[str, ...], fun: Callable[..., Any], *args: Any) -> bool:
@@ -55,6 +86,35 @@ def exchanges(names: tuple[str, ...], fun: Callable[..., Any], *args: Any) -> bo
         return False
 
     return walk(jax.make_jaxpr(fun)(*args).jaxpr)
+
+
+def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Each equation at any depth, with the kinds of its operands; `kinds`: of inputs.
+
+    Raises:
+      ValueError: an equation hands its operands to an inner jaxpr in an unknown way.
+    """
+    known = dict(zip(jaxpr.invars, kinds, strict=True))
+    for eqn in jaxpr.eqns:
+        operands = [None if hasattr(x, "val") else known.get(x) for x in eqn.invars]
+        yield eqn, operands
+        inside = list(operands)
+        if "num_carry" in eqn.params:  # a scan before JAX 0.12
+            begin = eqn.params["num_consts"]
+            end = begin + eqn.params["num_carry"]
+            inside[begin:end] = [_COMPUTED] * (end - begin)
+        for inner in _inner(eqn):
+            # All operands of a loop or a call; a conditional's come last.
+            skipped = len(inside) - len(inner.invars)
+            if skipped < 0:
+                raise ValueError(f"{eqn.primitive} hands on more than it was given.")
+            yield from _walk(inner, inside[skipped:])
+        if any(kind is not None for kind in operands):
+            known |= dict.fromkeys(eqn.outvars, _COMPUTED)
+
+
+def _inputs(kinds: list[Any]) -> set[int]:
+    return {kind for kind in kinds if isinstance(kind, int)}
 
 
 def _inner(eqn: Any) -> Iterator[Any]:

@@ -218,7 +218,7 @@ class _Term:
         if loop.axes is not None:
             loop.axes.check_own("The loss", self.shape.value)
             if loop.weighted:
-                self._agree(loop.axes, parts.part(0))
+                self._agree(loop.axes, parts.each())
         self.reducer = _reduce.reducer(aux, shapes[0].aux, shapes[-1].aux, parts)
 
     def read(
@@ -237,16 +237,23 @@ class _Term:
         new, aux = loss.aux
         return loss._replace(aux=aux), numerics.cast_like(new, carried)
 
-    def _agree(self, axes: Axes, part: Part) -> None:
+    def _agree(self, axes: Axes, parts: list[Part]) -> None:
         """Sees to it that no device leaves out what another one waits for.
 
-        A weighted backward pass in place is left out where the weight is 0.
+        A weighted backward pass in place is left out where the weight is 0. The
+        gradient is asked and not the loss: a rule of `jax.custom_vjp` may exchange
+        something in the backward pass alone.
         """
 
-        def value(carried: PyTree) -> jax.Array:
-            return self.loss(part, carried).value
+        def gradient(live: PyTree, carried: PyTree, part: Part) -> PyTree:
+            def value(live: PyTree) -> jax.Array:
+                return self.read(live, part, carried)[0].value
 
-        if exchanges(axes.names, value, self.carried):
+            return jax.value_and_grad(value)(live)
+
+        asked = [functools.partial(gradient, part=part) for part in parts]
+        live = self.whole(parts[0])
+        if any(exchanges(axes.names, fun, live, self.carried) for fun in asked):
             # The loss of the others depends on a device without weight, too.
             self.agree = axes.any
         elif not axes.alone:
