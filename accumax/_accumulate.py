@@ -1,6 +1,7 @@
 """Gradient accumulation as an Optax transformation."""
 
 import functools
+import inspect
 import operator
 from typing import Any
 
@@ -48,8 +49,10 @@ def accumulate(
     they went in.
 
     `update` takes the keyword arguments `weight=1.0`, how many items (examples, tokens)
-    the gradient stands for; `flush=False`, a () bool that closes the window with this
-    call; and those of `inner`, which reach it at the boundary.
+    the gradient stands for, which "mean_of_sums" requires; `flush=False`, a () bool
+    that closes the window with this call; and those of `inner`, which reach it at the
+    boundary. Others go to whoever takes them, as Optax has it; a keyword that is nearly
+    one of these is an error.
 
     Args:
       inner: the transformation to run once per window. Clipping inside, as in
@@ -102,11 +105,17 @@ def accumulate(
       `optax.MultiSteps` does this with a running mean, weights of 1 and the optimizer
       in every call; `tests/test_peers.py` names what else differs.
     """
-    if not isinstance(inner, optax.GradientTransformation):
+    if isinstance(inner, optax.MultiSteps) or not isinstance(
+        inner, optax.GradientTransformation
+    ):
+        hint = ""
+        if isinstance(inner, optax.MultiSteps):
+            hint = " Pass what MultiSteps was made with: accumulate replaces it."
         raise TypeError(
             f"inner={inner!r} must be an optax.GradientTransformation, such as "
-            "optax.adamw(3e-4)."
+            f"optax.adamw(3e-4).{hint}"
         )
+    names, takes_any = _extra_args(inner)
     window = Window(
         inner=optax.with_extra_args_support(inner),
         every=_check_every(every),
@@ -117,8 +126,20 @@ def accumulate(
             averaged_args=averaged_args,
         ),
         axes=check_axes(reduce_axis, mesh),
+        names=names,
+        takes_any=takes_any,
     )
     return optax.GradientTransformationExtraArgs(window.init, window.update)
+
+
+def _extra_args(inner: optax.GradientTransformation) -> tuple[frozenset[str], bool]:
+    """The extra arguments that `inner` names, and whether it takes any others."""
+    if not isinstance(inner, optax.GradientTransformationExtraArgs):
+        return frozenset(), False
+    found = list(inspect.signature(inner.update).parameters.values())
+    kinds = inspect.Parameter
+    names = [p.name for p in found[3:] if p.kind != kinds.VAR_KEYWORD]
+    return frozenset(names), any(p.kind == kinds.VAR_KEYWORD for p in found)
 
 
 def has_updated(opt_state: optax.OptState) -> jax.Array:
@@ -203,6 +224,7 @@ def flush(
                 f"{name}={extra_args[name]!r} was passed to accumax.flush, which adds "
                 "no gradient. Pass it to the call that does."
             )
+    window.check_names(extra_args, strict=True)
     return window.flush(params, opt_state, extra_args)
 
 

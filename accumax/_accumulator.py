@@ -4,7 +4,6 @@ Across calls and within a call differ only in who drives the loop. Both call `ad
 for each microbatch and `result` once for each window, so every fact is written once.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
 
@@ -115,7 +114,10 @@ def accumulator(
         scale = weight if reduction == "mean" and not summed else 1.0
 
         def scaled(a: jax.Array, g: ArrayLike) -> jax.Array:
-            return jnp.asarray(g, a.dtype) * jnp.asarray(scale, a.dtype)
+            # In float32: a weight of 1e5 is infinite in float16.
+            dtype = numerics.wide(a.dtype)
+            product = jnp.asarray(g, dtype) * jnp.asarray(scale, dtype)
+            return product.astype(a.dtype)
 
         grads = jax.tree.map(scaled, sums.grads, grads)
         added = jax.tree.map(jnp.add, sums.grads, grads)
@@ -155,9 +157,10 @@ def accumulator(
         # The reciprocal: a division by `total` that two readers share (Adam's moments)
         # is materialised by XLA, one more copy of the parameters; a product is fused.
         factor = 1 / total if reduction != "sum" else jnp.ones_like(total)
+        factor = jnp.where(sums.weight > _most(), jnp.nan, factor)
 
         def reduced(a: jax.Array) -> jax.Array:
-            a = a.astype(jnp.promote_types(a.dtype, jnp.float32))
+            a = a.astype(numerics.wide(a.dtype))
             return a * factor.astype(a.dtype)
 
         args = {name: value / total for name, value in sums.args.items()}
@@ -180,7 +183,7 @@ def accumulator_dtype(grad_dtype: Any, dtype: Any) -> Any:
             'jax.config.update("jax_enable_x64", True), or choose float32.'
         )
     if jnp.issubdtype(grad_dtype, jnp.complexfloating):
-        return jnp.promote_types(dtype, jnp.complex64)
+        return numerics.wide(dtype, jnp.complex64)
     return dtype
 
 
@@ -206,31 +209,32 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
             f"{name} has shape {jnp.shape(weight)}; expected a scalar, the number of "
             "items that the whole gradient stands for. Sum it first."
         )
-    known = concrete(weight)
+    known = numerics.concrete(weight)
     if known is not None:
         # As it will be used: 1e39 is infinite in float32, and 1e-42 is 0.
         info = jnp.finfo(jax.dtypes.canonicalize_dtype(float))
-        if not (known == 0 or float(info.tiny) <= known <= float(info.max)):
+        if not (known == 0 or float(info.tiny) <= known <= _most()):
             raise ValueError(
-                f"{name}={weight} must be 0 or a normal positive {info.dtype}. "
-                "For a gradient that should not count, let it be 0."
+                f"{name}={weight} must be 0, or from {info.tiny} to {_most()} so that "
+                f"{info.dtype} has its reciprocal. For a gradient that should not "
+                "count, let it be 0."
             )
     return jnp.asarray(weight, float)
-
-
-def concrete(x: Any) -> float | None:
-    """The value of a scalar that is known now, None for one that jit traces."""
-    try:
-        return float(x)
-    except OverflowError:
-        return math.inf
-    except jax.errors.ConcretizationTypeError:
-        return None
 
 
 def usable(weight: jax.Array) -> jax.Array:
     """() bool: whether it is a number of items."""
     return (weight >= 0) & jnp.isfinite(weight)  # NaN fails both
+
+
+def divides(total: jax.Array) -> jax.Array:
+    """() bool: whether a sum can be divided by these weights together."""
+    return (total > 0) & (total <= _most())
+
+
+def _most() -> float:
+    """The largest weight whose reciprocal is not flushed to 0."""
+    return 1 / float(jnp.finfo(jax.dtypes.canonicalize_dtype(float)).tiny)
 
 
 def counts(weight: jax.Array) -> jax.Array:

@@ -1,7 +1,9 @@
 """Which arguments of a call are rows, keys and differentiated, and whether they fit."""
 
 import inspect
+import math
 import operator
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -102,6 +104,15 @@ def parameters(fun: Callable[..., Any]) -> list[str]:
     return [p.name for p in found if p.kind not in variadic]
 
 
+def takes_any_keyword(fun: Callable[..., Any]) -> bool:
+    """Whether `fun` has a `**`."""
+    try:
+        found = inspect.signature(fun).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return any(p.kind == inspect.Parameter.VAR_KEYWORD for p in found)
+
+
 def check_rows(batches: dict[Place, PyTree]) -> int:
     """The length that the first axis of all leaves has."""
     lengths = {}
@@ -161,14 +172,28 @@ def _is_key(x: Any) -> bool:
 
 
 def check_no_key(place: Place, tree: PyTree) -> None:
-    leaves = jax.tree.leaves(tree)
-    if leaves and all(map(_is_key, leaves)):
-        raise ValueError(
-            f"Argument {place!r} is a PRNG key that rng_argnums does not name: every "
-            f"microbatch would have the same random numbers. Pass "
-            f"rng_argnums={place!r}; if the same are meant, let the function close "
-            "over the key."
-        )
+    """Checks that `tree`, the same for all microbatches, holds no PRNG key.
+
+    Raises:
+      ValueError: it holds a typed one. A raw one may be data: it is warned of.
+    """
+    remedy = (
+        "every microbatch would have the same random numbers. Pass the key in an "
+        f"argument of its own, and its position: rng_argnums={place!r} if it is this "
+        "one. If the same numbers are meant, let the function close over the key."
+    )
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        where = f"Argument {place!r}{jax.tree_util.keystr(path)}"
+        if _is_key(x):
+            raise ValueError(
+                f"{where} is a PRNG key that rng_argnums does not name: {remedy}"
+            )
+        if numerics.dtype_of(x) == jnp.uint32 and np.shape(x) in ((2,), (4,)):
+            warnings.warn(
+                f"{where} is {numerics.describe(x)}, as keys of jax.random.PRNGKey "
+                f"are. If it is one, {remedy}",
+                stacklevel=2,
+            )
 
 
 def check_keys(place: Place, keys: PyTree) -> None:
@@ -237,7 +262,32 @@ def check_length(length: Any) -> ArrayLike:
             f"every gives {numerics.describe(length)} for a window's length; expected "
             "a scalar integer of at least 1."
         )
+    known = numerics.concrete(length)
+    if known is not None and not (known >= 1 and known == math.floor(known)):
+        raise ValueError(
+            f"every gives {known} for a window's length; expected an integer of at "
+            "least 1."
+        )
     return length
+
+
+def is_near(name: str, known: str) -> bool:
+    """Whether `name` may be `known` misspelt: in its case, or in up to two letters."""
+    name, known = name.lower(), known.lower()
+    if name == known:
+        return True
+    # The edit distance; two letters that changed places are one edit.
+    before: list[int] = []
+    row = list(range(len(known) + 1))
+    for i, a in enumerate(name, 1):
+        above, row = row, [i]
+        for j, b in enumerate(known, 1):
+            edits = [above[j] + 1, row[j - 1] + 1, above[j - 1] + (a != b)]
+            if i > 1 and j > 1 and (name[i - 2], a) == (b, known[j - 2]):
+                edits.append(before[j - 2] + 1)
+            row.append(min(edits))
+        before = above
+    return row[-1] <= min(2, len(known) // 2)
 
 
 def check_averaged(name: str, extra_args: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.core import Tracer
 
 from . import _numerics as numerics
-from ._jaxprs import linear_program, sliced, unsafe_refs
+from ._jaxprs import of_linear_program, sliced, unsafe_refs
 from ._shardings import fitted, typed_like
 from ._types import ArrayLike, PyTree
 
@@ -203,8 +203,10 @@ def _isolated(fun: Callable[..., Any], *args: Any) -> Any:
 
     def arrays(*args: Any) -> list[jax.Array]:
         leaves, structure = jax.tree.flatten(fun(*args))
-        rest[:] = [structure, *((x, isinstance(x, jax.Array)) for x in leaves)]
-        return [x for x in leaves if isinstance(x, jax.Array)]
+        found = [isinstance(x, jax.Array) for x in leaves]
+        others = [None if a else x for x, a in zip(leaves, found, strict=True)]
+        rest[:] = structure, *zip(others, found, strict=True)
+        return [x for x, a in zip(leaves, found, strict=True) if a]
 
     traced = iter(jax.jit(arrays, inline=True)(*args))
     structure, *leaves = rest
@@ -221,15 +223,18 @@ def _ports(fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree) -> Iterat
     def mask(ported: set[int]) -> Any:
         return structure.unflatten(i in ported for i in range(len(leaves)))
 
-    program = linear_program(fun, params) if _MISPLACES else None
-    ported = unsafe_refs(program, required) if _MISPLACES else required
+    def safe(program: Any, ported: set[int]) -> set[int]:
+        return unsafe_refs(program, ported) if _MISPLACES else ported
+
+    ported = required
+    if _MISPLACES:
+        ported = of_linear_program(lambda x: safe(x, required), fun, params)
     if ported != required:
         _warn_of_ports(params, ported - required)
     yield mask(ported)
-    program = program or linear_program(fun, params)
-    more = ported | sliced(program)
+    more = of_linear_program(lambda x: safe(x, ported | sliced(x)), fun, params)
     if more != ported:  # else it would be the first again
-        yield mask(unsafe_refs(program, more) if _MISPLACES else more)
+        yield mask(more)
 
 
 def _warn_of_ports(params: PyTree, ported: set[int]) -> None:

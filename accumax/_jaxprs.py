@@ -15,23 +15,26 @@ _SILENT = "axis_index", "pcast", "pvary"
 _COMPUTED = "computed"
 
 
-def linear_program(fun: Callable[[PyTree], Any], params: PyTree) -> Any:
-    """The jaxpr whose transposition is the backward pass of `fun(params)[0]`.
+def of_linear_program(
+    ask: Callable[[Any], set[int]], fun: Callable[[PyTree], Any], params: PyTree
+) -> set[int]:
+    """`ask(program)`, the jaxpr whose transposition is the backward pass of `fun`.
 
-    Its inputs are the tangents of the leaves of `params`; residuals are constants.
+    It is that of `fun(params)[0]`. Its inputs are the tangents of the leaves of
+    `params`; residuals are constants.
     """
-    found = []
+    answer = set()
 
     def trace(params: PyTree) -> None:
         _, linear = jax.linearize(lambda p: fun(p)[0], params)
-        found.append(jax.make_jaxpr(linear)(params).jaxpr)
+        answer.update(ask(jax.make_jaxpr(linear)(params).jaxpr))
 
     jax.eval_shape(trace, params)  # leaves nothing behind in the caller's trace
-    return found[0]
+    return answer
 
 
 def sliced(program: Any) -> set[int]:
-    """The inputs of a `linear_program` of which a slice is taken, at any depth."""
+    """The inputs of a linear program of which a slice is taken, at any depth."""
     found = set()
     for eqn, kinds in _walk(program, range(len(program.invars))):
         if eqn.primitive.name in ("slice", "dynamic_slice"):
@@ -40,7 +43,7 @@ def sliced(program: Any) -> set[int]:
 
 
 def unsafe_refs(program: Any, ported: set[int]) -> set[int]:
-    """`ported`, and the inputs of a `linear_program` that need a port as well.
+    """`ported`, and the inputs of a linear program that need a port as well.
 
     Before 0.11, JAX transposes two things wrongly and in silence:
 

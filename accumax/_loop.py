@@ -271,7 +271,7 @@ class _Term:
         return gather.whole(self.live, self.cuts, part.index)
 
     def begin(self) -> _Seen:
-        dtype = jnp.promote_types(self.shape.value.dtype, jnp.float32)
+        dtype = numerics.wide(self.shape.value.dtype)
         zero = jnp.zeros((), float)
         return _Seen(jnp.zeros((), dtype), zero, jnp.bool_(False), self.reducer.init())
 

@@ -29,7 +29,7 @@ class Loss(NamedTuple):
         if self.weight is None:
             return self.value
         # In at least float32: 70000 items are infinitely many in float16.
-        dtype = jnp.promote_types(self.value.dtype, jnp.float32)
+        dtype = numerics.wide(self.value.dtype)
         weight = self.weight.astype(dtype)
         counts = weight != 0  # and not "> 0": a NaN is to be seen
         mean = self.value.astype(dtype) / jnp.where(counts, weight, 1)

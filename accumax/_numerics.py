@@ -3,9 +3,12 @@
 A *differentiable* leaf is an inexact (float or complex) array or Python number. All
 other leaves (integers, PRNG keys, float0 gradients, the functions and strings of an
 Equinox module) ride along: the library works on the differentiable part, in which they
-are None, and puts them back at the end.
+are None, and puts them back at the end. So do the Python numbers of an Equinox module,
+which `equinox.filter_grad` leaves alone as well.
 """
 
+import math
+import sys
 from typing import Any
 
 import jax
@@ -21,7 +24,7 @@ def _is_none(x: Any) -> bool:
 
 def dtype_of(x: Any) -> Any:
     """The dtype of an array, a `ShapeDtypeStruct` or a Python number; else None."""
-    if hasattr(x, "dtype"):
+    if hasattr(x, "dtype") and hasattr(x, "shape"):  # not a dtype, nor a Flax module
         # What JAX makes of it: without x64 a NumPy float64 is a float32.
         extended = jnp.issubdtype(x.dtype, jax.dtypes.extended)  # PRNG keys
         return x.dtype if extended else jax.dtypes.canonicalize_dtype(x.dtype)
@@ -35,7 +38,29 @@ def is_differentiable(x: Any) -> bool:
 
 def differentiable(tree: PyTree) -> PyTree:
     """`tree` with None in place of each leaf that is not differentiable."""
-    return jax.tree.map(lambda x: x if is_differentiable(x) else None, tree)
+
+    def live(x: Any) -> Any:
+        if _is_module(x):
+            return jax.tree.map(in_module, x)
+        return x if is_differentiable(x) else None
+
+    def in_module(x: Any) -> Any:
+        # Under jit a Python number is an array, but one whose type is weak.
+        number = not hasattr(x, "dtype") or getattr(x, "weak_type", False)
+        return x if is_differentiable(x) and not number else None
+
+    return jax.tree.map(live, tree, is_leaf=_is_module)
+
+
+def _is_module(x: Any) -> bool:
+    """Whether it is an Equinox module. There is none if Equinox was not imported."""
+    module = getattr(sys.modules.get("equinox"), "Module", None)
+    return module is not None and isinstance(x, module)
+
+
+def trained(tree: PyTree, like: PyTree) -> PyTree:
+    """The differentiable part of `tree` that `like`, a state, has leaves for."""
+    return masked(differentiable(tree), like)
 
 
 def masked(tree: PyTree, mask: PyTree) -> PyTree:
@@ -64,6 +89,12 @@ def strong(x: ArrayLike, dtype: Any = None) -> jax.Array:
     return jnp.asarray(x, dtype=dtype)
 
 
+def wide(dtype: Any, least: Any = jnp.float32) -> Any:
+    """`dtype`, in at least the precision of `least`."""
+    with jax.numpy_dtype_promotion("standard"):  # else "strict" refuses to compare
+        return jnp.promote_types(dtype, least)
+
+
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
     """`tree`, each leaf in the dtype of its twin in `like` and never weakly typed."""
     return jax.tree.map(lambda x, y: strong(x, dtype_of(y)), tree, like)
@@ -87,6 +118,16 @@ def minus_zero(dtype: Any) -> jax.Array:
     return jnp.asarray(-0.0 if jnp.issubdtype(dtype, jnp.inexact) else 0, dtype)
 
 
+def concrete(x: Any) -> float | None:
+    """The value of a scalar that is known now, None for one that jit traces."""
+    try:
+        return float(x)
+    except OverflowError:
+        return math.inf
+    except jax.errors.ConcretizationTypeError:
+        return None
+
+
 def all_finite(tree: PyTree) -> jax.Array:
     """() bool: no NaN and no infinity in any leaf."""
     finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]
@@ -96,11 +137,14 @@ def all_finite(tree: PyTree) -> jax.Array:
 def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) -> None:
     """Checks that the differentiable leaves of `tree` are those of `expected`.
 
+    Of an Equinox module, `expected` may have less: it was made from a filtered one.
+
     Raises:
       ValueError: a leaf is missing, superfluous or of another shape.
       TypeError: an integer or other leaf, or a complex one, where a real one belongs.
     """
     got = _by_path(tree)
+    live = _by_path(differentiable(tree))
     want = _by_path(expected)
     for path, like in want.items():
         if like is None:
@@ -112,7 +156,7 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
                 f"one for each of {_paths(want)}."
             )
         x = got[path]
-        if not is_differentiable(x):
+        if live.get(path) is None:
             raise TypeError(
                 f"{name}{path} is {describe(x)}; {expected_name} has {describe(like)} "
                 "there. Pass a floating-point array of that shape."
@@ -127,15 +171,23 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
                 f"{name}{path} is {describe(x)}; {expected_name} has {describe(like)} "
                 "there. Take its real part."
             )
-    for path, x in got.items():
-        if is_differentiable(x) and want.get(path) is None:
+    modules = tuple(
+        jax.tree_util.keystr(path)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_module)
+        if _is_module(x)
+    )
+    for path, x in live.items():
+        if x is not None and want.get(path) is None and not path.startswith(modules):
             raise ValueError(
                 f"{name}{path} is {describe(x)}; {expected_name} has nothing to "
                 f"differentiate there, only at {_paths(want)}. Remove it, or "
                 "initialise with the parameters that it belongs to."
             )
-    got_tree = jax.tree.structure(differentiable(tree))
     want_tree = jax.tree.structure(differentiable(expected))
+    try:
+        got_tree = jax.tree.structure(trained(tree, expected))
+    except ValueError:
+        got_tree = jax.tree.structure(differentiable(tree))
     if got_tree != want_tree:
         raise ValueError(
             f"{name} and {expected_name} have the same leaves in different containers: "

@@ -189,7 +189,7 @@ def _gradient(
             consts = numerics.restore(live[1], closed)[part.tail]
             out = funs[part.tail](numerics.restore(live[0], arrays), *consts)
             terms = jax.tree.map(
-                lambda c, x: None if c is None else jnp.sum(c * x),
+                lambda c, x: None if c is None else _wide_sum(c * x),
                 ct,
                 out,
                 is_leaf=lambda c: c is None,
@@ -232,6 +232,10 @@ def _check_rows(out: PyTree, rows: int) -> None:
                 f"{numerics.describe(x)} for a microbatch of {rows} rows; expected one "
                 "value a row, along the first axis."
             )
+
+
+def _wide_sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x).astype(numerics.wide(x.dtype))
 
 
 def _arrays(tree: PyTree) -> PyTree:

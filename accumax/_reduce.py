@@ -105,11 +105,11 @@ class Reducer(NamedTuple):
         parts, shape = self.parts, like.shape
         match how:
             case "mean":
-                return jnp.zeros(shape, jnp.promote_types(like.dtype, jnp.float32))
+                return jnp.zeros(shape, numerics.wide(like.dtype))
             case "sum":
                 dtype = _sum_dtype(like)
                 if jnp.issubdtype(dtype, jnp.inexact):
-                    dtype = jnp.promote_types(dtype, jnp.float32)
+                    dtype = numerics.wide(dtype)
                 return jnp.zeros(shape, dtype)
             case "last":
                 return jnp.zeros(shape, like.dtype)

@@ -203,7 +203,7 @@ class Split:
             )
 
         call = {**dict(enumerate(args)), **kwargs}
-        for place in call.keys() - batches - keys - set(argnums):
+        for place in call.keys() - batches - keys:
             check_no_key(place, call[place])
         rows = check_rows({place: call[place] for place in batches})
         for place in keys:

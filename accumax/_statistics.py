@@ -256,7 +256,7 @@ def _pool_dtype(x: Any) -> Any:
     dtype = numerics.dtype_of(x)
     if not numerics.is_differentiable(x):
         return dtype
-    return jnp.promote_types(dtype, jnp.float32)
+    return numerics.wide(dtype)
 
 
 def _names(path: tuple) -> tuple[str, ...]:

@@ -1,16 +1,18 @@
 """Across calls, fused: parameters and state are touched only when a window closes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
+from . import _numerics as numerics
 from . import _reduce
-from ._accumulator import check_weight
-from ._arguments import Places, check_flush, parameters
-from ._backward import at_once, by_microbatch
+from ._arguments import Places, check_flush, parameters, takes_any_keyword
+from ._backward import Backward, at_once, by_microbatch
 from ._devices import Axes, AxisNames, MeshLike, check_axes
 from ._gather import When, check_gather
 from ._loop import Loop
@@ -18,7 +20,7 @@ from ._loss import Carrying
 from ._split import split
 from ._state import AccumulateState, gradient_of
 from ._types import ArrayLike, PyTree
-from ._window import Window, window_of
+from ._window import OF_OPTAX, Window, window_of
 
 
 def apply_gradients(
@@ -27,7 +29,7 @@ def apply_gradients(
     opt_state: Any,
     grads: PyTree,
     *,
-    weight: ArrayLike = 1.0,
+    weight: ArrayLike | None = None,
     flush: ArrayLike = False,
     **extra_args: Any,
 ) -> tuple[PyTree, AccumulateState]:
@@ -46,7 +48,8 @@ def apply_gradients(
       params: the parameters.
       opt_state: the state of `tx`.
       grads: the gradient of one microbatch, shaped as the parameters.
-      weight: () float, the items (examples, tokens) that `grads` stands for.
+      weight: () float, the items (examples, tokens) that `grads` stands for; 1 by
+        default, which "mean_of_sums" has not.
       flush: () bool, close the window with this call.
       **extra_args: what the inner transformation takes, and `averaged_args`.
 
@@ -71,6 +74,7 @@ def apply_gradients(
     [8.]
     """
     window = window_of(tx, "apply_gradients")
+    window.check_names(extra_args, strict=True)
     window.check(opt_state, extra_args, params=params, grads=grads)
     flush = check_flush(flush)
     sums, progress = window.add(opt_state, grads, weight, flush, extra_args)
@@ -181,6 +185,7 @@ def train_step(
         )
     carried = not in_place or window.accumulator.nonfinite != "propagate"
     names, carries = set(parameters(loss_fn)), isinstance(loss_fn, Carrying)
+    any_name = not carries and takes_any_keyword(loss_fn)
     if microbatch_size is None and axes is None:
         # A loss that carries a state may weigh it by the rows of the batch.
         places = 1 if carries else batch_argnums
@@ -189,7 +194,10 @@ def train_step(
                 f"{batch_argnums=}, {rng_argnums=} and {aux=} are for microbatches, "
                 "and there are none. Pass microbatch_size."
             )
-        backward = at_once(loss_fn, has_aux, weighted)
+
+        def backward_of(fun: Callable[..., Any]) -> Backward:
+            return at_once(fun, has_aux, weighted)
+
     else:
         accumulator = window.accumulator
         loop = Loop(
@@ -204,7 +212,10 @@ def train_step(
         )
         count = 1 if microbatch_size is None else None
         divide = split(microbatch_size, count, batch_argnums, rng_argnums)
-        backward = by_microbatch(loop, divide, accumulator, window.axes is not None)
+
+        def backward_of(fun: Callable[..., Any]) -> Backward:
+            here = dataclasses.replace(loop, losses=(fun,))
+            return by_microbatch(here, divide, accumulator, window.axes is not None)
 
     def step(
         params: PyTree,
@@ -227,7 +238,25 @@ def train_step(
                 "like arguments of loss_fn, but keywords go to the optimizer. Pass "
                 "loss_fn's arguments by position: step(params, opt_state, batch, ...)."
             )
-        model = gradient_of(params)
+        window.check_names(extra_args, strict=True)
+        known = window.names | set(window.accumulator.averaged_args) | OF_OPTAX
+        if any_name and extra_args.keys() - known:
+            raise TypeError(
+                f"The keyword arguments {sorted(extra_args.keys() - known)} go to the "
+                "optimizer, and loss_fn with its ** would not see them. Bind them "
+                "before, with functools.partial(loss_fn, ...)."
+            )
+        model, fun = gradient_of(params), loss_fn
+        live = numerics.differentiable(model)
+        if not carries and _leaves(live) != _leaves(opt_state.acc_grads):
+            # The state was made from a part of an Equinox module: the rest is fixed.
+            whole, model = model, numerics.trained(model, opt_state.acc_grads)
+
+            @functools.wraps(loss_fn)
+            def fun(part: PyTree, *args: Any) -> Any:
+                return loss_fn(numerics.restore(part, whole), *args)
+
+        backward = backward_of(fun)
         first, sums = opt_state.mini_step == 0, window.sums(opt_state)
         if carried or weight is not None:
             loss, grads, usable = backward.gradient(model, args)
@@ -241,7 +270,7 @@ def train_step(
         window.check(opt_state, extra_args)
         items = loss.weight
         if items is None:
-            items = check_weight(1.0 if weight is None else weight)
+            items = window.weigh(weight)
             if axes is not None and weight is not None:
                 items = axes.same("weight", items)
         elif window.accumulator.nonfinite != "propagate":
@@ -254,6 +283,10 @@ def train_step(
         return params, new_state, out
 
     return step
+
+
+def _leaves(tree: PyTree) -> int:
+    return len(jax.tree.leaves(tree))
 
 
 def _axes(window: Window, reduce_axis: Any, mesh: Any) -> Axes | None:

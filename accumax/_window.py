@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from typing import Any
 
 import jax
@@ -12,12 +11,15 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from . import _numerics as numerics
-from ._accumulator import Accumulator, Sums, check_weight
-from ._arguments import check_averaged, check_flush, check_length
+from ._accumulator import Accumulator, Sums, check_weight, divides
+from ._arguments import check_averaged, check_flush, check_length, is_near
 from ._devices import Axes, stacked, unstacked
 from ._inplace import at_most_once
 from ._state import AccumulateState, Progress, gradient_of, is_state
 from ._types import ArrayLike, PyTree, Schedule
+
+# What Optax's own transformations take by name, wherever they are in a chain.
+OF_OPTAX = frozenset({"value", "grad", "value_fn"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Window:
     every: ArrayLike | Schedule
     accumulator: Accumulator
     axes: Axes | None = None  # over whose devices an open window's sums are
+    # The extra arguments that `inner` names, and whether it takes others as well.
+    names: frozenset[str] = frozenset()
+    takes_any: bool = True
 
     def init(self, params: PyTree) -> AccumulateState:
         grads = gradient_of(params)
@@ -55,17 +60,18 @@ class Window:
         state: Any,
         params: PyTree | None = None,
         *,
-        weight: ArrayLike = 1.0,
+        weight: ArrayLike | None = None,
         flush: ArrayLike = False,
         **extra_args: Any,
     ) -> tuple[PyTree, AccumulateState]:
+        self.check_names(extra_args)
         self.check(state, extra_args, grads=updates)
         if params is not None:
             self.check(state, params=params)
         flush = check_flush(flush)
         sums, progress = self.add(state, updates, weight, flush, extra_args)
-        params = numerics.differentiable(params)
-        grads = like = numerics.differentiable(updates)
+        params = self.trained(state, params)
+        grads = like = numerics.trained(updates, sums.grads)
         if self.axes is not None:  # what `inner` sees is the same on all devices
             like = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, g.dtype), grads)
         # The dtypes are those of the big batch: what `inner` gives for such gradients.
@@ -80,7 +86,7 @@ class Window:
         def hold(operand: Any) -> Any:
             return numerics.minus_zeros_like(like), operand[1]
 
-        applies = progress.closes & (sums.weight > 0)
+        applies = progress.closes & divides(sums.weight)
         operand = (sums, state.inner_opt_state, params)
         with jax.named_scope("accumax.boundary"):
             emitted, inner_state = lax.cond(applies, emit, hold, operand)
@@ -92,13 +98,14 @@ class Window:
         self,
         state: AccumulateState,
         grads: PyTree,
-        weight: ArrayLike,
+        weight: ArrayLike | None,
         flush: ArrayLike,
         extra_args: dict[str, Any],
     ) -> tuple[Sums, Progress]:
         """One gradient into the window, whether it closes then or not."""
-        weight = check_weight(weight)
-        grads = numerics.differentiable(grads)
+        weight = self.weigh(weight)
+        before = self.sums(state)
+        grads = numerics.trained(grads, before.grads)
         axes, over = self.axes, {}
         if axes is not None:
             if not axes.inside:
@@ -111,7 +118,7 @@ class Window:
             axes.check_own("grads", grads)
             over = {"agree": axes.all, "total": axes.sum}
         sums, accepted = self.accumulator.add(
-            self.sums(state),
+            before,
             grads,
             weight,
             extra_args,
@@ -119,6 +126,22 @@ class Window:
             **over,
         )
         return sums, self.progress(state, accepted, flush)
+
+    def weigh(self, weight: ArrayLike | None) -> jax.Array:
+        """The weight of a call, () float; 1 if none was passed."""
+        if weight is None and self.accumulator.reduction == "mean_of_sums":
+            raise TypeError(
+                'reduction="mean_of_sums" divides by the items that were summed, and '
+                "this call does not say how many. Pass weight=..., or let the loss "
+                "return it: train_step(..., weighted=True)."
+            )
+        return check_weight(1.0 if weight is None else weight)
+
+    def trained(self, state: AccumulateState, params: PyTree) -> PyTree:
+        """The part of `params` that the window has sums for."""
+        if params is None or isinstance(params, optax.LookaheadParams):
+            return numerics.differentiable(params)
+        return numerics.trained(params, state.acc_grads)
 
     def sums(self, state: AccumulateState) -> Sums:
         """The open window's, on one of several devices its own."""
@@ -210,35 +233,94 @@ class Window:
         def updates(grads: PyTree, inner_state: Any, params: PyTree) -> Any:
             return self.inner.update(grads, inner_state, params, **extra_args)
 
-        got, cause = jax.tree.structure(inner_state), None
-        try:
-            updates, new_state = jax.eval_shape(updates, grads, inner_state, params)
-            gave = jax.tree.structure(new_state)
-            if gave == got:
-                return updates
-        except Exception as error:
-            gave, cause = None, error
-        like = grads if params is None else params
-        want = jax.tree.structure(jax.eval_shape(self.inner.init, like))
-        if want != got:
-            raise TypeError(
-                f"state.inner_opt_state is not a state of the inner transformation: it "
-                f"is {got}, where {want} was expected. Pass what init of this "
-                "accumulate gave, or its last update."
-            ) from cause
-        if cause is not None:
-            raise cause
+        self._check_inner(inner_state, grads if params is None else params)
+        new_updates, new_state = jax.eval_shape(updates, grads, inner_state, params)
+        got, gave = jax.tree.structure(inner_state), jax.tree.structure(new_state)
+        if gave == got:
+            return new_updates
         raise TypeError(
             f"The inner transformation changes the structure of its own state, from "
             f"{got} to {gave}, which no branch or loop of JAX can do. Put it around "
             "the accumulate, or give its init what its update needs."
         )
 
+    def _check_inner(self, inner_state: Any, like: PyTree) -> None:
+        try:
+            expected = jax.eval_shape(self.inner.init, like)
+        except Exception:  # one that needs values: nothing to compare with
+            return
+        got, want = jax.tree.structure(inner_state), jax.tree.structure(expected)
+        if want != got:
+            raise TypeError(
+                f"state.inner_opt_state is not a state of the inner transformation: it "
+                f"is {got}, where {want} was expected. Pass what init of this "
+                "accumulate gave, or its last update."
+            )
+        paths = jax.tree_util.tree_leaves_with_path(inner_state)
+        for (path, x), y in zip(paths, jax.tree.leaves(expected), strict=True):
+            if jnp.shape(x) != y.shape:
+                raise ValueError(
+                    f"state.inner_opt_state{jax.tree_util.keystr(path)} has shape "
+                    f"{jnp.shape(x)}, where these parameters need {y.shape}. Pass the "
+                    "state that init of this accumulate gave for them."
+                )
+
+    def _check_used(
+        self, grads: PyTree, state: Any, params: PyTree, extra_args: dict[str, Any]
+    ) -> None:
+        """Checks that `inner` uses the extra arguments: a chain takes all names."""
+        known = self.names | OF_OPTAX | set(self.accumulator.averaged_args)
+        arrays = {
+            name: jnp.asarray(x)
+            for name, x in extra_args.items()
+            if name not in known and numerics.dtype_of(x) is not None
+        }
+        if not arrays:
+            return
+        others = {n: x for n, x in extra_args.items() if n not in arrays}
+
+        def updates(arrays: dict[str, Any], *args: Any) -> Any:
+            return self.inner.update(*args, **arrays, **others)
+
+        jaxpr = jax.make_jaxpr(updates)(arrays, grads, state, params).jaxpr
+        used = {x for eqn in jaxpr.eqns for x in eqn.invars if not hasattr(x, "val")}
+        used |= {x for x in jaxpr.outvars if not hasattr(x, "val")}
+        for name, x in zip(sorted(arrays), jaxpr.invars, strict=False):
+            if x not in used:
+                raise TypeError(
+                    f"{name}={extra_args[name]!r} was passed, and nobody takes it: not "
+                    "the loss function, whose arguments are passed by position, not "
+                    "accumulate, and not the inner transformation."
+                )
+
     def takes(self, name: str) -> bool:
         """Whether `inner` can be passed an extra argument of this name."""
-        found = inspect.signature(self.inner.update).parameters
-        kinds = [p.kind for p in found.values()]
-        return name in found or inspect.Parameter.VAR_KEYWORD in kinds
+        return self.takes_any or name in self.names
+
+    def check_names(self, extra_args: dict[str, Any], strict: bool = False) -> None:
+        """Checks the names of extra arguments.
+
+        By Optax's convention they go to whoever takes them, which may be another member
+        of a chain. `strict`: all of them are for `inner`.
+
+        Raises:
+          TypeError: one is nearly the name of an argument, or nobody takes it.
+        """
+        averaged = self.accumulator.averaged_args
+        for name in extra_args.keys() - self.names - set(averaged):
+            for known in ("weight", "flush", *averaged):
+                if is_near(name, known):
+                    raise TypeError(
+                        f"{name}={extra_args[name]!r} was passed, which nobody takes. "
+                        f"Is {known}=... meant?"
+                    )
+            if strict and not self.takes_any:
+                raise TypeError(
+                    f"{name}={extra_args[name]!r} was passed, and neither accumulate "
+                    "nor the inner transformation takes an argument of this name. The "
+                    "inner transformation takes "
+                    f"{', '.join(sorted(self.names)) or 'no extra arguments'}."
+                )
 
     def flush(
         self, params: PyTree, state: Any, extra_args: dict[str, Any]
@@ -260,12 +342,13 @@ class Window:
         extra_args: dict[str, Any],
     ) -> tuple[PyTree, AccumulateState]:
         """The boundary in place: touches nothing unless the window closes."""
-        live = jax.tree.map(numerics.strong, numerics.differentiable(params))
+        live = jax.tree.map(numerics.strong, self.trained(state, params))
         grads = jax.tree.map(
             lambda _, p: jax.ShapeDtypeStruct(p.shape, p.dtype),
             sums.grads,
             gradient_of(live),
         )
+        self._check_used(grads, state.inner_opt_state, live, extra_args)
         like = self.emits(grads, state.inner_opt_state, live, extra_args | sums.args)
 
         def apply(carry: Any) -> Any:
@@ -276,7 +359,7 @@ class Window:
             updates = numerics.cast_like(updates, like)
             return optax.apply_updates(params, updates), inner_state, own
 
-        applies = progress.closes & (sums.weight > 0)
+        applies = progress.closes & divides(sums.weight)
         # Sums that are to be reduced go through the loop, to be reduced in place. Those
         # that are only read do not: on a GPU they would be copied.
         own = None if self.axes is None else sums.grads
@@ -297,6 +380,9 @@ class Window:
         applies: jax.Array,
     ) -> AccumulateState:
         step, grads = state.gradient_step, sums.grads
+        # A window whose weights are too many to divide by is lost, and counted.
+        lost = progress.closes & ~applies & (sums.weight > 0)
+        skipped = progress.skipped
         if self.axes is not None and self.axes.inside:
             grads = stacked(grads)
         return AccumulateState(
@@ -307,7 +393,7 @@ class Window:
             acc_weight=jnp.where(progress.closes, 0, sums.weight),
             acc_args=sums.args,
             emitted=applies,
-            skipped=progress.skipped,
+            skipped=jnp.where(lost, optax.safe_increment(skipped), skipped),
         )
 
     def check(
@@ -318,9 +404,14 @@ class Window:
         `trees` are the parameters or gradients, by the name for an error message.
         """
         if not is_state(state):
+            hint = "Pass what init of this accumulate returned, or its last update."
+            if isinstance(state, optax.MultiStepsState):
+                hint = (
+                    "docs/coming_from.md has the lines that turn a MultiStepsState "
+                    "into an AccumulateState."
+                )
             raise TypeError(
-                f"state is a {type(state).__name__}, not an AccumulateState. Pass what "
-                "init of this accumulate returned, or its last update."
+                f"state is a {type(state).__name__}, not an AccumulateState. {hint}"
             )
         like = state.acc_grads
         if self.axes is not None and trees:

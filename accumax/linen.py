@@ -14,7 +14,7 @@ from flax.training import train_state
 from . import _loss, _statistics
 from . import _numerics as numerics
 from ._accumulate import accumulating, flush
-from ._arguments import Places, check_names, check_places
+from ._arguments import Places, check_names, check_no_key, check_places
 from ._ema import ema as ema
 from ._handing import Given, Handing
 from ._split import fold_in
@@ -127,7 +127,7 @@ class TrainState(train_state.TrainState):
         self,
         *,
         grads: PyTree,
-        weight: ArrayLike = 1.0,
+        weight: ArrayLike | None = None,
         flush: ArrayLike = False,
         extra_args: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -137,7 +137,7 @@ class TrainState(train_state.TrainState):
         Args:
           grads: the gradient of one microbatch, shaped as `params`.
           weight: () float, the items (examples, tokens) that it stands for, and the
-            rows that `batch_stats` does.
+            rows that `batch_stats` does; 1 by default.
           flush: () bool, close the window with this call.
           extra_args: what the optimizer takes, such as `{"value": loss}`.
           **kwargs: fields to be replaced, as with Flax's; `batch_stats` is pooled.
@@ -151,6 +151,7 @@ class TrainState(train_state.TrainState):
             # Their "gradients" are their new values, in each call (Flax's fp8).
             overwritten[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]
             grads = grads["params"]
+        self._check_created()
         statistics = self._check(kwargs.pop(STATISTICS, None))
         params, opt_state = apply_gradients(
             self.tx,
@@ -165,7 +166,7 @@ class TrainState(train_state.TrainState):
             params,
             opt_state,
             statistics,
-            weight,
+            1.0 if weight is None else weight,
             called=True,
             overwritten=overwritten,
             **kwargs,
@@ -177,6 +178,7 @@ class TrainState(train_state.TrainState):
         Args:
           **extra_args: what the optimizer takes.
         """
+        self._check_created()
         params, opt_state = flush(
             self.tx, _optimized(self.params), self.opt_state, **extra_args
         )
@@ -262,6 +264,10 @@ class TrainState(train_state.TrainState):
 
         def step(state: Any, *args: Any, **extra_args: Any) -> tuple[Self, Any]:
             _check_fields(state, (*read, *kept, *keys))
+            state._check_created()
+            if microbatch_size is not None:
+                for name in read:  # the keys of `rngs` differ by microbatch
+                    check_no_key(name, getattr(state, name))
             if _has_overwritten(state.params):
                 raise TypeError(
                     f"state.params has {OVERWRITE_WITH_GRADIENT!r}, whose gradients "
@@ -323,6 +329,13 @@ class TrainState(train_state.TrainState):
             return state, ((loss, extra) if has_aux else loss)
 
         return step
+
+    def _check_created(self) -> None:
+        if self.microstep is None:
+            raise TypeError(
+                f"This {type(self).__name__} has no microstep: it was not made by "
+                f"{type(self).__name__}.create(...), which also makes its opt_state."
+            )
 
     def _check(self, statistics: PyTree) -> PyTree:
         """The statistics that came, as the state has them."""

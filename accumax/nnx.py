@@ -84,7 +84,7 @@ class Optimizer(nnx.Optimizer):
         grads: Any,
         /,
         *,
-        weight: ArrayLike = 1.0,
+        weight: ArrayLike | None = None,
         flush: ArrayLike = False,
         **kwargs: Any,
     ) -> Any:
@@ -95,7 +95,7 @@ class Optimizer(nnx.Optimizer):
         Args:
           model, grads: the module, and the gradient of one microbatch as of `nnx.grad`.
           weight: () float, the items (examples, tokens) that it stands for, and the
-            rows that the model's `BatchStat` has seen.
+            rows that the model's `BatchStat` has seen; 1 by default.
           flush: () bool, close the window with this call.
           **kwargs: what the optimizer takes, such as `value=loss`.
         """
@@ -108,7 +108,7 @@ class Optimizer(nnx.Optimizer):
             flush=flush,
             **nnx.as_pure(kwargs),
         )
-        self._after(model, params, after, weight)
+        self._after(model, params, after, 1.0 if weight is None else weight)
 
     def flush(self, model: Any, **kwargs: Any) -> None:
         """Closes an open window as `accumax.flush` does, whose `kwargs` these are."""
@@ -157,10 +157,12 @@ def train_step(
 ) -> Callable[..., Any]:
     """`accumax.train_step` for modules: no gradient tree.
 
-    `BatchStat` is pooled, in a window and in a call. All else that the loss changes in
-    its modules, such as the counts of their `Rngs`, is handed from call to call and
-    from microbatch to microbatch, so that each has dropout masks of its own. A call
-    that is refused (`nonfinite`) leaves it as it was.
+    The `BatchStat` of the first argument, the optimizer's model, is pooled over a
+    window. That of modules in other arguments (a GAN's generator) is pooled over a
+    call: it has one update in each. All else that the loss changes in its modules, such
+    as the counts of their `Rngs`, is handed from call to call and from microbatch to
+    microbatch, so that each has dropout masks of its own. A call that is refused
+    (`nonfinite`) leaves it as it was.
 
     Args:
       loss_fn: `(model, *args) -> loss`; other arguments may be or hold modules too, or

@@ -8,8 +8,11 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
 )
 
+import itertools
+
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -19,3 +22,33 @@ hypothesis.settings.register_profile(
     "accumax", deadline=None, max_examples=40, derandomize=True
 )
 hypothesis.settings.load_profile("accumax")
+
+
+@pytest.hookimpl(tryfirst=True)  # before what is slow is left out
+def pytest_collection_modifyitems(items):
+    """Marks as slow what a crossed test does not need to have each value once.
+
+    A test of two parameters or more runs for all their combinations in `.ci/run`. In
+    the README's command, which leaves out what is slow, it runs for as few of them as
+    have every value of every parameter among them. The carried twin of a form in place
+    runs there if it is the subject: what has no parameter but `in_place` has one run.
+    """
+    for item in items:
+        if _axes(item) == {("in_place", "False")}:
+            item.add_marker(pytest.mark.slow)
+    crossed = [x for x in items if len(_axes(x)) > 1]
+    for _, group in itertools.groupby(crossed, lambda x: (x.path, x.originalname)):
+        left = list(group)
+        missing = set().union(*map(_axes, left))
+        while missing:
+            best = max(left, key=lambda item: len(missing & _axes(item)))
+            missing -= _axes(best)
+            left.remove(best)
+        for item in left:
+            item.add_marker(pytest.mark.slow)
+
+
+def _axes(item):
+    """The parameters of a test, each with its value."""
+    found = getattr(item, "callspec", None)
+    return {(name, repr(x)) for name, x in found.params.items()} if found else set()

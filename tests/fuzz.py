@@ -12,7 +12,6 @@ repeats it, and the command ends with 1.
 """
 
 import argparse
-import functools
 import sys
 import warnings
 

@@ -14,6 +14,8 @@ import targets
 
 import accumax
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_compiled_figures_print_their_bars(capsys, monkeypatch):
     # The bars of the large matrices are in test_compiled.py.

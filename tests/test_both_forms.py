@@ -38,8 +38,16 @@ def calls(windows=2, sizes=(8, 8, 8)):
 
 @BOTH
 @pytest.mark.parametrize("size", [2, 3, 8, 20])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "mean_of_sums"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("weighted", "reduction"),
+    [
+        (False, "mean"),
+        (False, "sum"),
+        (True, "mean"),
+        (True, "sum"),
+        (True, "mean_of_sums"),
+    ],
+)
 def test_microbatches_change_the_memory_and_nothing_else(
     weighted, reduction, size, in_place
 ):

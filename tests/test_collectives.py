@@ -304,6 +304,7 @@ def test_bfloat16_shards_are_gathered_as_such_and_reduced_in_float32(how, across
     assert dtypes("reduce_scatter", r"\}\)") == {"f32"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("across", [False, True])
 def test_layer_by_layer_a_device_has_neither_parameters_nor_sums_whole(across):
     once, each = (
@@ -317,6 +318,7 @@ def test_layer_by_layer_a_device_has_neither_parameters_nor_sums_whole(across):
     assert max(x.bytes for x in found) < gradient_bytes(LAYERS) / SIZE.layers
 
 
+@pytest.mark.slow
 def test_the_figures_print_their_bars(capsys, monkeypatch):
     def only(name, cases):
         monkeypatch.setattr(  # the others take as long to compile

@@ -57,6 +57,7 @@ def test_a_train_step_takes_at_most_five_percent_more_memory_than_no_accumulatio
     )
 
 
+@pytest.mark.slow
 def test_the_optax_form_takes_an_eighth_less_memory_than_multisteps():
     ours = transformer_memory(forms.ACCUMULATE)
     assert ours <= 0.87 * transformer_memory(forms.MULTISTEPS)
@@ -147,6 +148,7 @@ def test_a_contrastive_loss_takes_the_memory_of_a_microbatch_and_its_embeddings(
     assert most <= 0.2 * of(embed, 16 * rows)
 
 
+@pytest.mark.slow
 def test_a_policy_takes_no_more_memory_than_one_gradient_tree():
     size = transformer.Size(layers=4, width=256, vocabulary=1024, length=64)
     params = transformer.shapes(size)

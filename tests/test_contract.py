@@ -264,6 +264,7 @@ def test_the_policies_cost_no_accuracy(way, nonfinite):
     check(got, "float32", references(WINDOWS, "float32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way",
     [

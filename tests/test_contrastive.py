@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # By path: `benchmarks`, which pytest has on its path too, has a module of this name.
 PATH = Path(__file__).parents[1] / "examples" / "contrastive.py"
 

@@ -19,6 +19,8 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WIDTH, EVERY, MICROBATCHES = 64, 2, 4
 FLAGS = "--batch 256 --every 2 --microbatch 32 --steps 2 --width 64"

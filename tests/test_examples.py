@@ -3,6 +3,8 @@
 import digits
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("dtype", "every", "tolerance"), [("float32", 4, 2e-5), ("bfloat16", 2, 1e-2)]

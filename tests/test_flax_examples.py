@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = pytest.mark.parametrize("example", [flax_linen, flax_nnx])
 SMALL = "--batch 64 --every 8 --steps 3".split()  # 24 calls; 20 is within a window
 

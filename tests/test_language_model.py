@@ -3,6 +3,8 @@
 import language_model
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def test_language_model_updates_as_the_big_batch_and_the_mean_of_means_does_not(
     tmp_path, capsys

@@ -5,6 +5,9 @@ import re
 
 import jax
 import numpy as np
+import pytest
+
+pytestmark = pytest.mark.slow
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "many_devices.md"
 

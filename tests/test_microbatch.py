@@ -486,6 +486,7 @@ def test_under_vmap_and_scan_and_without_jit(in_place):
         assert distance(jax.tree.map(lambda x: x[1], got), want) < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_carried_twin_can_be_differentiated_again(weighted):
     fun = weighted_loss_fn if weighted else loss_fn
@@ -504,7 +505,7 @@ def test_the_carried_twin_can_be_differentiated_again(weighted):
         assert distance(jax.jit(outer)(init()), want) <= 1e-5 * largest
 
 
-def test_a_loss_is_traced_twice_for_each_size_and_never_again():
+def test_a_loss_is_traced_for_each_size_and_never_again():
     traces = []
 
     def fun(params, batch):
@@ -514,7 +515,9 @@ def test_a_loss_is_traced_twice_for_each_size_and_never_again():
     f = jax.jit(accumax.value_and_grad(fun, microbatch_size=7))
     for _ in range(3):
         f(init(), BATCH)
-    assert sorted(traces) == [3, 3, 7, 7]  # its shapes, then the backward pass
+    # Its shapes, on JAX 0.10 where refs are safe, and the backward pass.
+    times = 2 if jax.__version_info__ >= (0, 11) else 3
+    assert sorted(traces) == [3] * times + [7] * times
 
 
 def test_unrolling_changes_nothing():

@@ -39,6 +39,7 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_row_says_what_is_not_true(name):
     CHECKS[name]()

@@ -75,6 +75,7 @@ def check(got, inner, params, batches):
     assert distance(got, want) <= 2 * distance(big, want) + floor
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_takes_the_steps_of_its_big_batch(name):
     params, batches, inner = init(), data(STEPS), make(name)

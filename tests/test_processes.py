@@ -9,6 +9,8 @@ import numpy as np
 import processes
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def undisturbed(data, number):

@@ -15,6 +15,7 @@ import accumax
 SAMPLES = sorted((pathlib.Path(__file__).parent / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "devices"), [("linen", 1), ("nnx", 8)])
 def test_nothing_is_lost_when_the_process_is_killed(form, devices):
     resume.run(form, devices, kills=2, calls=22)
@@ -58,6 +59,7 @@ def test_a_window_goes_on_with_another_length(every, closes, tmp_path):
     assert distance(params, want) <= 2 * distance(big, want) + 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["linen", "nnx"])
 def test_a_window_goes_on_with_another_sharding(form, tmp_path):
     state, call = resume.FORMS[form]()

@@ -1,0 +1,331 @@
+"""What 0.1.0 got wrong, or took without a word. Each of these failed before."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from problems import data, distance, init, loss_fn
+
+import accumax
+import accumax.linen
+
+SGD = optax.sgd(1.0)
+
+
+class Norm(eqx.Module):
+    scale: jax.Array
+    eps: float = 0.01
+    repeat: int = 2
+
+    def __call__(self, x):
+        assert isinstance(self.eps, float)
+        assert isinstance(self.repeat, int)
+        return x * self.scale / jnp.sqrt(jnp.mean(x**2) + self.eps)
+
+
+def module_loss(module, x):
+    return jnp.mean(jax.vmap(module)(x) ** 2)
+
+
+# The Python numbers of an Equinox module were trained.
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 2}], ids=str)
+def test_the_python_numbers_of_an_equinox_module_are_not_trained(options):
+    module, x = Norm(jnp.ones(3)), jnp.arange(12.0).reshape(4, 3)
+    tx = accumax.accumulate(optax.adam(0.1), 2)
+    step = eqx.filter_jit(accumax.train_step(module_loss, tx, **options))
+    results = []
+    for part in (module, eqx.filter(module, eqx.is_inexact_array)):
+        new, state = module, tx.init(part)
+        for _ in range(4):
+            new, state, _ = step(new, state, x)
+        assert new.eps == 0.01
+        results.append(new.scale)
+    np.testing.assert_array_equal(*results)
+    assert distance(results[0], jnp.ones(3)) > 0.1
+    grads = eqx.filter_jit(accumax.grad(module_loss, microbatch_size=2))(module, x)
+    want = eqx.filter_grad(module_loss)(module, x)
+    assert jax.tree.structure(grads) == jax.tree.structure(want)
+
+
+def test_a_state_of_a_part_of_a_module_says_what_is_trained():
+    class Two(eqx.Module):
+        first: Norm
+        second: Norm
+
+        def __call__(self, x):
+            return self.second(self.first(x))
+
+    x = jnp.arange(12.0).reshape(4, 3)
+    model = Two(Norm(jnp.ones(3)), Norm(jnp.full(3, 0.5)))
+    part = eqx.tree_at(lambda m: m.second.scale, model, None)
+    tx = accumax.accumulate(optax.adam(0.1), 1)
+    state = tx.init(eqx.filter(part, eqx.is_inexact_array))
+    for options in ({}, {"microbatch_size": 2}, {"in_place": False}):
+        step = eqx.filter_jit(accumax.train_step(module_loss, tx, **options))
+        new, *_ = step(model, state, x)
+        np.testing.assert_array_equal(new.second.scale, model.second.scale)
+        assert distance(new.first.scale, model.first.scale) > 0.05
+
+
+def test_the_python_numbers_of_other_trees_are_parameters():
+    tx = accumax.accumulate(SGD, 1)
+    step = accumax.train_step(lambda p, x: p["w"] * x, tx)
+    new, *_ = step({"w": 3.0}, tx.init({"w": 3.0}), jnp.float32(2))
+    assert new["w"] == 1.0
+
+
+# Keywords that nobody took were swallowed.
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ({"weigth": 0.0}, "weight"),
+        ({"Weight": 0.0}, "weight"),
+        ({"weights": 0.0}, "weight"),
+        ({"Flush": True}, "flush"),
+        ({"flsh": True}, "flush"),
+        ({"valeu": 1.0}, "value"),
+    ],
+    ids=str,
+)
+def test_a_misspelt_keyword_is_an_error_that_names_the_right_one(misspelt, meant):
+    tx = accumax.accumulate(optax.adam(0.1), 2, averaged_args=("value",))
+    state = tx.init(1.0)
+    step = accumax.train_step(lambda w, x: w * x, tx)
+    calls = [
+        lambda **kw: tx.update(1.0, state, 1.0, **kw),
+        lambda **kw: accumax.apply_gradients(tx, 1.0, state, 1.0, **kw),
+        lambda **kw: step(1.0, state, jnp.float32(1), **kw),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=f"Is {meant}="):
+            call(**({"value": 1.0} | misspelt))
+
+
+@pytest.mark.parametrize("inner", [SGD, optax.adam(0.1), optax.scale_by_adam()])
+def test_the_fused_forms_take_no_keyword_that_nobody_uses(inner):
+    tx = accumax.accumulate(inner, 2)
+    state = tx.init(1.0)
+    step = accumax.train_step(lambda w, x: w * x, tx)
+    with pytest.raises(TypeError, match="temperature="):
+        accumax.apply_gradients(tx, 1.0, state, 1.0, temperature=0.5)
+    with pytest.raises(TypeError, match="temperature="):
+        step(1.0, state, jnp.float32(1), temperature=0.5)
+    with pytest.raises(TypeError, match="temperature="):
+        accumax.flush(tx, 1.0, state, temperature=0.5)
+    # In a chain it may be for another member.
+    optax.chain(SGD, tx).update(1.0, (SGD.init(1.0), state), 1.0, temperature=0.5)
+
+
+def test_a_keyword_for_a_loss_that_takes_any_is_not_swallowed():
+    def fun(w, x, **options):
+        return w * x
+
+    tx = accumax.accumulate(optax.chain(optax.adam(0.1)), 2)
+    step = accumax.train_step(fun, tx)
+    with pytest.raises(TypeError, match=r"deterministic.*functools.partial"):
+        step(1.0, tx.init(1.0), jnp.float32(1), deterministic=True)
+    step(1.0, tx.init(1.0), jnp.float32(1), value=1.0, weight=2.0)
+
+
+# All microbatches had one dropout mask.
+
+
+def noisy(w, x, extra):
+    key = extra["key"] if isinstance(extra, dict) else extra
+    return jnp.mean(w * x * jax.random.bernoulli(key, 0.5, x.shape))
+
+
+@pytest.mark.parametrize(
+    "extra", [jax.random.key(0), {"key": jax.random.key(0), "rate": 0.5}], ids=str
+)
+def test_a_key_that_all_microbatches_would_share_is_an_error(extra):
+    with pytest.raises(ValueError, match="same random numbers"):
+        accumax.grad(noisy, microbatch_size=2)(1.0, jnp.ones(4), extra)
+
+
+def test_a_key_among_the_parameters_is_an_error():
+    params = {"w": 1.0, "key": jax.random.key(0)}
+    fun = accumax.grad(lambda p, x: noisy(p["w"], x, p["key"]), microbatch_size=2)
+    with pytest.raises(ValueError, match=r"\['key'\] is a PRNG key"):
+        fun(params, jnp.ones(4))
+
+
+def test_what_may_be_a_raw_key_is_said():
+    with pytest.warns(UserWarning, match=r"uint32\[2\].*rng_argnums=2"):
+        accumax.grad(noisy, microbatch_size=2)(1.0, jnp.ones(4), jax.random.PRNGKey(0))
+
+
+def test_a_key_in_a_field_of_a_train_state_is_an_error_with_microbatches():
+    class State(accumax.linen.TrainState):
+        key: jax.Array
+
+    state = State.create(
+        apply_fn=None, params=1.0, tx=SGD, every=1, key=jax.random.key(0)
+    )
+    fun = lambda w, x, key: noisy(w, x, key)  # noqa: E731
+    with pytest.raises(ValueError, match="'key' is a PRNG key"):
+        State.train_step(fun, fields=("key",), microbatch_size=2)(state, jnp.ones(4))
+    State.train_step(fun, rngs=("key",), microbatch_size=2)(state, jnp.ones(4))
+
+
+# The number of rows was that of calls.
+
+
+def test_a_mean_of_sums_is_told_over_how_many():
+    tx = accumax.accumulate(SGD, 2, reduction="mean_of_sums")
+    state = tx.init(1.0)
+    step = accumax.train_step(lambda w, x: jnp.sum(w * x), tx)
+    within = accumax.train_step(lambda w, x: jnp.sum(w * x), tx, microbatch_size=2)
+    for call in (
+        lambda: tx.update(1.0, state),
+        lambda: accumax.apply_gradients(tx, 1.0, state, 1.0),
+        lambda: step(1.0, state, jnp.ones(4)),
+        lambda: within(1.0, state, jnp.ones(4)),
+    ):
+        with pytest.raises(TypeError, match=r"weight=.*weighted=True"):
+            call()
+    tx.update(1.0, state, weight=4)
+
+
+def test_the_state_of_another_optimizer_is_an_error():
+    adam, sgd = (accumax.accumulate(tx, 2) for tx in (optax.adam(0.1), SGD))
+    state = adam.init(1.0)
+    step = accumax.train_step(lambda w, x: w * x, sgd)
+    for call in (
+        lambda: accumax.apply_gradients(sgd, 1.0, state, 1.0),
+        lambda: step(1.0, state, jnp.float32(1)),
+        lambda: accumax.flush(sgd, 1.0, state),
+        lambda: sgd.update(1.0, state, 1.0),
+    ):
+        with pytest.raises(TypeError, match="not a state of the inner transformation"):
+            call()
+
+
+def test_an_inner_state_of_other_shapes_is_an_error():
+    tx = accumax.accumulate(optax.adam(0.1), 2)
+    small, large = tx.init(jnp.ones(2)), tx.init(jnp.ones(3))
+    mixed = large._replace(inner_opt_state=small.inner_opt_state)
+    with pytest.raises(ValueError, match=r"inner_opt_state.*\(2,\).*\(3,\)"):
+        accumax.apply_gradients(tx, jnp.ones(3), mixed, jnp.ones(3))
+
+
+# Weights that overflow.
+
+
+def test_a_weight_does_not_overflow_in_a_half_precision_accumulator():
+    tx = accumax.accumulate(SGD, 2, accumulator_dtype=None)
+    params = jnp.zeros(2, jnp.float16)
+    state = tx.init(params)
+    grads = jnp.array([1e-3, 2e-3], jnp.float16)
+    for _ in range(2):
+        params, state = accumax.apply_gradients(tx, params, state, grads, weight=1e5)
+    np.testing.assert_allclose(params, -grads, rtol=0.01)
+
+
+def test_weights_whose_sum_has_no_reciprocal_are_refused():
+    for weight in (1e38, 3e38):
+        with pytest.raises(ValueError, match="reciprocal"):
+            accumax.accumulate(SGD, 2).update(
+                1.0, accumax.accumulate(SGD, 2).init(1.0), weight=weight
+            )
+    tx = accumax.accumulate(SGD, 2)
+    step = accumax.train_step(lambda w, x: (w * x, 8e37 + 0 * x), tx, weighted=True)
+    params, state = jnp.float32(1), tx.init(jnp.float32(1))
+    for _ in range(2):
+        params, state, _ = jax.jit(step)(params, state, jnp.float32(1))
+    assert params == 1  # and not an update of 0, which nobody would see
+    assert state.skipped == 1
+    assert state.gradient_step == 0
+    assert not state.emitted
+
+
+# Schedules.
+
+
+@pytest.mark.parametrize("length", [0, -3, 2.5, float("nan")])
+def test_a_schedule_that_gives_no_length_is_an_error(length):
+    tx = accumax.accumulate(SGD, lambda step: length)
+    with pytest.raises(ValueError, match=f"every gives {length}"):
+        jax.jit(tx.update)(1.0, tx.init(1.0))
+
+
+# Trees.
+
+
+def test_leaves_with_a_dtype_that_are_no_arrays_ride_along():
+    params = {"w": jnp.ones(2), "dtype": jnp.float32, "layer": nn.Dense(2)}
+    tx = accumax.accumulate(SGD, 1)
+    state = tx.init(params)
+    assert jax.tree.leaves(state.acc_grads)[0].shape == (2,)
+    grads = {"w": jnp.ones(2), "dtype": None, "layer": None}
+    new, _ = accumax.apply_gradients(tx, params, state, grads)
+    np.testing.assert_array_equal(new["w"], 0)
+    assert new["dtype"] is jnp.float32
+
+
+def test_a_train_state_that_was_not_created_names_create():
+    tx = accumax.accumulate(SGD, 1)
+    state = accumax.linen.TrainState(
+        step=0, apply_fn=None, params=1.0, tx=tx, opt_state=tx.init(1.0)
+    )
+    step = accumax.linen.TrainState.train_step(lambda w, x: w * x)
+    for call in (
+        lambda: state.apply_gradients(grads=1.0),
+        lambda: step(state, jnp.float32(1)),
+        state.flush,
+    ):
+        with pytest.raises(TypeError, match=r"TrainState.create"):
+            call()
+
+
+# Settings of JAX.
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_strict_promotion_of_dtypes_is_kept(in_place):
+    params = {"w": jnp.ones((3, 2), jnp.bfloat16)}
+    x = jnp.ones((4, 3), jnp.bfloat16)
+
+    def fun(p, x):
+        return jnp.mean(x @ p["w"])
+
+    def weighted(p, x):
+        return fun(p, x), jnp.sum(x[:, 0])
+
+    tx = accumax.accumulate(SGD, 2)
+    with jax.numpy_dtype_promotion("strict"):
+        options = {"microbatch_size": 3, "in_place": in_place}
+        for loss in (fun, [fun, fun]):
+            jax.jit(accumax.grad(loss, **options))(params, x)
+        jax.jit(accumax.grad(weighted, weighted=True, **options))(params, x)
+        step = accumax.train_step(weighted, tx, weighted=True, in_place=in_place)
+        jax.jit(step)(params, tx.init(params), x)
+
+
+def scanned_loss(w, x):
+    return jnp.mean(lax.scan(lambda h, w: (jnp.sin(h @ w), None), x, w)[0] ** 2)
+
+
+def test_a_check_for_leaks_finds_none_and_nothing_falls_back():
+    tx, w, x = accumax.accumulate(SGD, 2), jnp.ones((3, 2, 2)), jnp.ones((4, 2))
+    with jax.checking_leaks():  # a fallback warns, and warnings are errors here
+        jax.jit(accumax.grad(scanned_loss, microbatch_size=2))(w, x)
+        for options in ({}, {"microbatch_size": 2}):
+            step = accumax.train_step(scanned_loss, tx, **options)
+            jax.jit(step)(w, tx.init(w), x)
+
+
+def test_an_update_of_the_big_batch_is_the_same_as_before():
+    # That none of the checks above costs what is right.
+    tx = accumax.accumulate(optax.adamw(0.05), 1)
+    params, state = init(), tx.init(init())
+    params, *_ = accumax.train_step(loss_fn, tx)(params, state, data(1)[0])
+    assert distance(params, init()) > 0.01
