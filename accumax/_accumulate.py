@@ -1,7 +1,6 @@
 """Gradient accumulation as an Optax transformation."""
 
 import functools
-import inspect
 import operator
 from typing import Any
 
@@ -13,6 +12,7 @@ import optax
 from ._accumulator import accumulator
 from ._arguments import check_length
 from ._devices import AxisNames, MeshLike, check_axes
+from ._inner import inner_of
 from ._state import AccumulateState, is_state
 from ._types import DTypeLike, NonFinite, PyTree, Reduction, Schedule
 from ._window import Window, is_accumulate, window_of
@@ -115,9 +115,8 @@ def accumulate(
             f"inner={inner!r} must be an optax.GradientTransformation, such as "
             f"optax.adamw(3e-4).{hint}"
         )
-    names, takes_any = _extra_args(inner)
     window = Window(
-        inner=optax.with_extra_args_support(inner),
+        inner=inner_of(inner),
         every=_check_every(every),
         accumulator=accumulator(
             reduction=reduction,
@@ -126,20 +125,20 @@ def accumulate(
             averaged_args=averaged_args,
         ),
         axes=check_axes(reduce_axis, mesh),
-        names=names,
-        takes_any=takes_any,
     )
-    return optax.GradientTransformationExtraArgs(window.init, window.update)
+    return _Accumulate(window.init, window.update)
 
 
-def _extra_args(inner: optax.GradientTransformation) -> tuple[frozenset[str], bool]:
-    """The extra arguments that `inner` names, and whether it takes any others."""
-    if not isinstance(inner, optax.GradientTransformationExtraArgs):
-        return frozenset(), False
-    found = list(inspect.signature(inner.update).parameters.values())
-    kinds = inspect.Parameter
-    names = [p.name for p in found[3:] if p.kind != kinds.VAR_KEYWORD]
-    return frozenset(names), any(p.kind == kinds.VAR_KEYWORD for p in found)
+class _Accumulate(optax.GradientTransformationExtraArgs):
+    """The transformation of `accumulate`; it knows what `optax.MultiSteps` has."""
+
+    def __getattr__(self, name: str) -> Any:
+        hints = {
+            "has_updated": "accumax.has_updated(opt_state)",
+            "gradient_transformation": "tx itself, which is a transformation",
+        }
+        hint = f" Use {hints[name]}." if name in hints else ""
+        raise AttributeError(f"An accumax.accumulate has no attribute {name!r}.{hint}")
 
 
 def has_updated(opt_state: optax.OptState) -> jax.Array:

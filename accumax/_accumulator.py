@@ -214,10 +214,11 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
         # As it will be used: 1e39 is infinite in float32, and 1e-42 is 0.
         info = jnp.finfo(jax.dtypes.canonicalize_dtype(float))
         if not (known == 0 or float(info.tiny) <= known <= _most()):
+            what = f"{name}={weight}" if name.isidentifier() else f"{name} is {weight}"
             raise ValueError(
-                f"{name}={weight} must be 0, or from {info.tiny} to {_most()} so that "
-                f"{info.dtype} has its reciprocal. For a gradient that should not "
-                "count, let it be 0."
+                f"{what}; it must be 0, or from {info.tiny} to {_most()} "
+                f"so that {info.dtype} has its reciprocal. For a gradient that should "
+                "not count, let it be 0."
             )
     return jnp.asarray(weight, float)
 

@@ -231,6 +231,7 @@ class _Term:
         if not loop.carries:
             out = self.fun(*args, **part.kwargs)
             loss = _loss.read(out, has_aux=loop.has_aux, weighted=loop.weighted)
+            _reduce.check_leaves(loss.aux)
             return loss, None
         out = self.fun((self.given, carried), *args, **part.kwargs)
         loss = _loss.read(out, has_aux=True, weighted=loop.weighted)

@@ -181,12 +181,14 @@ def value_and_grad(
         axes=axes,
         gather=gathering,
     )
+    _reduce.check_wanted(aux, has_aux)
     seeded = reduction == "mean" and not weighted
 
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         carried, args = (args[0], args[1:]) if carries else (None, args)
         places = at(positions, args)
         for n in places:
+            numerics.check_parameters(f"Argument {n}", args[n])
             if jax.tree.leaves(args[n]) and not jax.tree.leaves(live_part(args[n])):
                 raise TypeError(
                     f"Argument {n}, which is differentiated, holds no floating-point "

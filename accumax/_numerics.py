@@ -134,6 +134,25 @@ def all_finite(tree: PyTree) -> jax.Array:
     return jnp.all(jnp.stack(finite)) if finite else jnp.bool_(True)
 
 
+def check_parameters(name: str, tree: PyTree) -> None:
+    """Checks that `tree` may be parameters, whose values are known or traced.
+
+    Raises:
+      TypeError: it is no tree of arrays, or one of shapes.
+    """
+    if jax.tree_util.all_leaves([tree]) and tree is not None and dtype_of(tree) is None:
+        raise TypeError(
+            f"{name} is a {type(tree).__name__}; expected a tree of arrays. Of a Flax "
+            'Linen module, pass module.init(key, x)["params"].'
+        )
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} is a ShapeDtypeStruct, which has "
+                "no values. For the shapes of a state: jax.eval_shape(tx.init, params)."
+            )
+
+
 def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) -> None:
     """Checks that the differentiable leaves of `tree` are those of `expected`.
 

@@ -136,6 +136,33 @@ def check(reductions: PyTree) -> PyTree:
     return reductions
 
 
+def check_wanted(reductions: PyTree, has_aux: bool) -> None:
+    """Checks that there is an aux to reduce.
+
+    Raises:
+      ValueError: there is none, and the reductions are not the default.
+    """
+    if not has_aux and reductions != "mean":
+        raise ValueError(
+            f"aux={reductions!r} says how to reduce what comes with the loss, and "
+            "without has_aux=True nothing does. Pass has_aux=True, or leave aux away."
+        )
+
+
+def check_leaves(aux: PyTree) -> None:
+    """Checks that what came with a loss can be reduced.
+
+    Raises:
+      TypeError: a leaf is no array or number.
+    """
+    for path, x in jax.tree_util.tree_leaves_with_path(aux):
+        if numerics.dtype_of(x) is None:
+            raise TypeError(
+                f"aux{jax.tree_util.keystr(path)} is {x!r}; expected an array or a "
+                "number, which microbatches can be reduced to. Return it otherwise."
+            )
+
+
 def check_each(reductions: PyTree, losses: Sequence[Any]) -> list[PyTree]:
     """`reductions` for each of several losses: one for all, or a tuple of as many."""
     if not isinstance(reductions, (tuple, list)):
@@ -167,10 +194,11 @@ def reducer(
     """
     try:
         each = jax.tree.broadcast(reductions, shapes)
-    except ValueError as error:
+    except ValueError:
         raise ValueError(
             f"aux={reductions!r} must be a prefix of the aux that the function "
-            f"returned, {numerics.outline(shapes)}: {error}"
+            f"returned, {numerics.outline(shapes)}. Pass one reduction for all of it, "
+            "or a tree with its keys."
         ) from None
     paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
     if parts.tail and jax.tree.structure(tail_shapes) != structure:

@@ -1,6 +1,7 @@
 """A call in microbatches: which rows go together, and in which order."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from . import _numerics as numerics
 from ._arguments import (
     Place,
     check_keys,
@@ -198,7 +200,8 @@ class Split:
                 )
         if batches & keys:
             raise ValueError(
-                f"{self.batch_argnums=} and {self.rng_argnums=} share an argument. "
+                f"batch_argnums={self.batch_argnums} and "
+                f"rng_argnums={self.rng_argnums} share an argument. "
                 "One key for each row belongs in batch_argnums alone."
             )
 
@@ -210,6 +213,15 @@ class Split:
             check_keys(place, call[place])
         if axes is not None:
             call |= {place: fold_in(call[place], axes.index()) for place in keys}
+        for place in call.keys() - batches - keys - set(argnums):
+            if rows > 1 and getattr(call[place], "shape", ())[:1] == (rows,):
+                warnings.warn(
+                    f"Argument {place!r} is {numerics.describe(call[place])}, with as "
+                    f"many rows as the batch, and goes whole to every microbatch. If "
+                    "it holds rows of the batch, let batch_argnums name it too: "
+                    f"batch_argnums={(*self.batch_argnums, place)}.",
+                    stacklevel=2,
+                )
         size, count = self._sizes(rows)
         tail = rows - size * count
         if tail:

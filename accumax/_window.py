@@ -12,29 +12,25 @@ from jax.sharding import PartitionSpec
 
 from . import _numerics as numerics
 from ._accumulator import Accumulator, Sums, check_weight, divides
-from ._arguments import check_averaged, check_flush, check_length, is_near
+from ._arguments import check_averaged, check_flush, check_length
 from ._devices import Axes, stacked, unstacked
+from ._inner import Inner
 from ._inplace import at_most_once
 from ._state import AccumulateState, Progress, gradient_of, is_state
 from ._types import ArrayLike, PyTree, Schedule
-
-# What Optax's own transformations take by name, wherever they are in a chain.
-OF_OPTAX = frozenset({"value", "grad", "value_fn"})
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
     """What `accumulate` was asked for, and the steps that its forms are made of."""
 
-    inner: optax.GradientTransformationExtraArgs
+    inner: Inner
     every: ArrayLike | Schedule
     accumulator: Accumulator
     axes: Axes | None = None  # over whose devices an open window's sums are
-    # The extra arguments that `inner` names, and whether it takes others as well.
-    names: frozenset[str] = frozenset()
-    takes_any: bool = True
 
     def init(self, params: PyTree) -> AccumulateState:
+        numerics.check_parameters("params", params)
         grads = gradient_of(params)
         if self.axes is None:
             sums = self.accumulator.init(grads)
@@ -75,7 +71,9 @@ class Window:
         if self.axes is not None:  # what `inner` sees is the same on all devices
             like = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, g.dtype), grads)
         # The dtypes are those of the big batch: what `inner` gives for such gradients.
-        like = self.emits(like, state.inner_opt_state, params, extra_args | sums.args)
+        like = self.inner.emits(
+            like, state.inner_opt_state, params, extra_args | sums.args
+        )
 
         def emit(operand: Any) -> Any:
             sums, inner_state, params = operand
@@ -221,106 +219,9 @@ class Window:
         updates, new_state = self.inner.update(mean, inner_state, params, **extra_args)
         return updates, numerics.cast_like(new_state, inner_state)
 
-    def emits(
-        self,
-        grads: PyTree,
-        inner_state: Any,
-        params: PyTree,
-        extra_args: dict[str, Any],
-    ) -> PyTree:
-        """Shapes and dtypes of what `inner` gives for gradients like `grads`."""
-
-        def updates(grads: PyTree, inner_state: Any, params: PyTree) -> Any:
-            return self.inner.update(grads, inner_state, params, **extra_args)
-
-        self._check_inner(inner_state, grads if params is None else params)
-        new_updates, new_state = jax.eval_shape(updates, grads, inner_state, params)
-        got, gave = jax.tree.structure(inner_state), jax.tree.structure(new_state)
-        if gave == got:
-            return new_updates
-        raise TypeError(
-            f"The inner transformation changes the structure of its own state, from "
-            f"{got} to {gave}, which no branch or loop of JAX can do. Put it around "
-            "the accumulate, or give its init what its update needs."
-        )
-
-    def _check_inner(self, inner_state: Any, like: PyTree) -> None:
-        try:
-            expected = jax.eval_shape(self.inner.init, like)
-        except Exception:  # one that needs values: nothing to compare with
-            return
-        got, want = jax.tree.structure(inner_state), jax.tree.structure(expected)
-        if want != got:
-            raise TypeError(
-                f"state.inner_opt_state is not a state of the inner transformation: it "
-                f"is {got}, where {want} was expected. Pass what init of this "
-                "accumulate gave, or its last update."
-            )
-        paths = jax.tree_util.tree_leaves_with_path(inner_state)
-        for (path, x), y in zip(paths, jax.tree.leaves(expected), strict=True):
-            if jnp.shape(x) != y.shape:
-                raise ValueError(
-                    f"state.inner_opt_state{jax.tree_util.keystr(path)} has shape "
-                    f"{jnp.shape(x)}, where these parameters need {y.shape}. Pass the "
-                    "state that init of this accumulate gave for them."
-                )
-
-    def _check_used(
-        self, grads: PyTree, state: Any, params: PyTree, extra_args: dict[str, Any]
-    ) -> None:
-        """Checks that `inner` uses the extra arguments: a chain takes all names."""
-        known = self.names | OF_OPTAX | set(self.accumulator.averaged_args)
-        arrays = {
-            name: jnp.asarray(x)
-            for name, x in extra_args.items()
-            if name not in known and numerics.dtype_of(x) is not None
-        }
-        if not arrays:
-            return
-        others = {n: x for n, x in extra_args.items() if n not in arrays}
-
-        def updates(arrays: dict[str, Any], *args: Any) -> Any:
-            return self.inner.update(*args, **arrays, **others)
-
-        jaxpr = jax.make_jaxpr(updates)(arrays, grads, state, params).jaxpr
-        used = {x for eqn in jaxpr.eqns for x in eqn.invars if not hasattr(x, "val")}
-        used |= {x for x in jaxpr.outvars if not hasattr(x, "val")}
-        for name, x in zip(sorted(arrays), jaxpr.invars, strict=False):
-            if x not in used:
-                raise TypeError(
-                    f"{name}={extra_args[name]!r} was passed, and nobody takes it: not "
-                    "the loss function, whose arguments are passed by position, not "
-                    "accumulate, and not the inner transformation."
-                )
-
-    def takes(self, name: str) -> bool:
-        """Whether `inner` can be passed an extra argument of this name."""
-        return self.takes_any or name in self.names
-
     def check_names(self, extra_args: dict[str, Any], strict: bool = False) -> None:
-        """Checks the names of extra arguments.
-
-        By Optax's convention they go to whoever takes them, which may be another member
-        of a chain. `strict`: all of them are for `inner`.
-
-        Raises:
-          TypeError: one is nearly the name of an argument, or nobody takes it.
-        """
-        averaged = self.accumulator.averaged_args
-        for name in extra_args.keys() - self.names - set(averaged):
-            for known in ("weight", "flush", *averaged):
-                if is_near(name, known):
-                    raise TypeError(
-                        f"{name}={extra_args[name]!r} was passed, which nobody takes. "
-                        f"Is {known}=... meant?"
-                    )
-            if strict and not self.takes_any:
-                raise TypeError(
-                    f"{name}={extra_args[name]!r} was passed, and neither accumulate "
-                    "nor the inner transformation takes an argument of this name. The "
-                    "inner transformation takes "
-                    f"{', '.join(sorted(self.names)) or 'no extra arguments'}."
-                )
+        """`Inner.check_names` for a call of this accumulate."""
+        self.inner.check_names(extra_args, self.accumulator.averaged_args, strict)
 
     def flush(
         self, params: PyTree, state: Any, extra_args: dict[str, Any]
@@ -348,8 +249,11 @@ class Window:
             sums.grads,
             gradient_of(live),
         )
-        self._check_used(grads, state.inner_opt_state, live, extra_args)
-        like = self.emits(grads, state.inner_opt_state, live, extra_args | sums.args)
+        averaged = self.accumulator.averaged_args
+        self.inner.check_used(grads, state.inner_opt_state, live, extra_args, averaged)
+        like = self.inner.emits(
+            grads, state.inner_opt_state, live, extra_args | sums.args
+        )
 
         def apply(carry: Any) -> Any:
             params, inner_state, own = carry

@@ -151,7 +151,6 @@ class TrainState(train_state.TrainState):
             # Their "gradients" are their new values, in each call (Flax's fp8).
             overwritten[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]
             grads = grads["params"]
-        self._check_created()
         statistics = self._check(kwargs.pop(STATISTICS, None))
         params, opt_state = apply_gradients(
             self.tx,
@@ -173,12 +172,8 @@ class TrainState(train_state.TrainState):
         )
 
     def flush(self, **extra_args: Any) -> Self:
-        """The state with an open window closed, as by `accumax.flush`.
-
-        Args:
-          **extra_args: what the optimizer takes.
-        """
-        self._check_created()
+        """The state with an open window closed, as `accumax.flush` does."""
+        self._check(None)
         params, opt_state = flush(
             self.tx, _optimized(self.params), self.opt_state, **extra_args
         )
@@ -264,10 +259,8 @@ class TrainState(train_state.TrainState):
 
         def step(state: Any, *args: Any, **extra_args: Any) -> tuple[Self, Any]:
             _check_fields(state, (*read, *kept, *keys))
-            state._check_created()
-            if microbatch_size is not None:
-                for name in read:  # the keys of `rngs` differ by microbatch
-                    check_no_key(name, getattr(state, name))
+            for name in read if microbatch_size is not None else ():
+                check_no_key(name, getattr(state, name))
             if _has_overwritten(state.params):
                 raise TypeError(
                     f"state.params has {OVERWRITE_WITH_GRADIENT!r}, whose gradients "
@@ -330,15 +323,11 @@ class TrainState(train_state.TrainState):
 
         return step
 
-    def _check_created(self) -> None:
-        if self.microstep is None:
-            raise TypeError(
-                f"This {type(self).__name__} has no microstep: it was not made by "
-                f"{type(self).__name__}.create(...), which also makes its opt_state."
-            )
-
     def _check(self, statistics: PyTree) -> PyTree:
         """The statistics that came, as the state has them."""
+        if self.microstep is None:
+            name = type(self).__name__
+            raise TypeError(f"This {name} was not made by {name}.create(...): make it.")
         if statistics is None:
             return None
         if self.pool is None:
@@ -362,7 +351,7 @@ class TrainState(train_state.TrainState):
         overwritten: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """The state after a call, or a flush, that gave these; `params` optimized."""
+        """The state after a call or flush that gave these; `params` optimized."""
         if _has_overwritten(self.params):
             params = {**self.params, "params": params, **(overwritten or {})}
         if self.pool is not None:
@@ -385,16 +374,14 @@ class TrainState(train_state.TrainState):
 
 
 def _check_fields(state: Any, names: tuple[str, ...]) -> None:
+    got = type(state).__name__
     if not isinstance(state, TrainState):
-        raise TypeError(
-            f"The step was called with a {type(state).__name__}; expected an "
-            "accumax.linen.TrainState."
-        )
+        raise TypeError(f"The step got a {got}; expected an accumax.linen.TrainState")
     for name in names:
         if name in TrainState.__dataclass_fields__ or not hasattr(state, name):
             raise ValueError(
-                f"{name!r} is not a field that a subclass added to the state, a "
-                f"{type(state).__name__}. Add it: `class State(accumax.linen."
+                f"{name!r} is not a field that a subclass added to the state, a {got}. "
+                f"Add it: `class State(accumax.linen."
                 f"TrainState): {name}: Any`."
             )
 

@@ -157,12 +157,10 @@ def train_step(
 ) -> Callable[..., Any]:
     """`accumax.train_step` for modules: no gradient tree.
 
-    The `BatchStat` of the first argument, the optimizer's model, is pooled over a
-    window. That of modules in other arguments (a GAN's generator) is pooled over a
-    call: it has one update in each. All else that the loss changes in its modules, such
-    as the counts of their `Rngs`, is handed from call to call and from microbatch to
-    microbatch, so that each has dropout masks of its own. A call that is refused
-    (`nonfinite`) leaves it as it was.
+    The model's `BatchStat` is pooled over a window; that of modules in other arguments
+    (a GAN's generator) over a call. All else that the loss changes in its modules, such
+    as the counts of their `Rngs`, is handed from call to call and to each microbatch,
+    which so have dropout masks of their own. A refused call leaves it as it was.
 
     Args:
       loss_fn: `(model, *args) -> loss`; other arguments may be or hold modules too, or

@@ -2,10 +2,13 @@
 
 import os
 
-# Before jax is imported: four devices, for what is sharded.
+# Before jax is imported: four devices, for what is sharded. A program runs once or
+# twice here, so LLVM is not to take long over it; XLA's own passes are as ever.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1"
 )
 
 import itertools
@@ -18,10 +21,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiling is what takes time here, so the number of examples and not a deadline is
 # what bounds a property; derandomized, because CI must say the same twice.
-hypothesis.settings.register_profile(
-    "accumax", deadline=None, max_examples=40, derandomize=True
-)
-hypothesis.settings.load_profile("accumax")
+for profile, examples in (("few", 10), ("many", 40)):
+    hypothesis.settings.register_profile(
+        profile, deadline=None, max_examples=examples, derandomize=True
+    )
+hypothesis.settings.load_profile("few")  # .ci/run: --hypothesis-profile=many
 
 
 @pytest.hookimpl(tryfirst=True)  # before what is slow is left out

@@ -12,6 +12,7 @@ repeats it, and the command ends with 1.
 """
 
 import argparse
+import functools
 import sys
 import warnings
 
@@ -362,13 +363,103 @@ def wrong_gradients(seed):
     return lines
 
 
+# Random sequences of calls.
+
+EVERY = {
+    "1": 1,
+    "3": 3,
+    "2, 4, 1, ...": lambda step: jnp.array([2, 4, 1])[step % 3],
+}
+
+
+@functools.cache
+def forms(reduction, nonfinite, every):
+    """`(tx, ways)`: jitted calls `(params, state, grad, weight, flush)`."""
+    tx = accumax.accumulate(
+        optax.sgd(0.5), EVERY[every], reduction=reduction, nonfinite=nonfinite
+    )
+
+    def update(params, state, grad, weight, flush):
+        updates, state = tx.update(grad, state, params, weight=weight, flush=flush)
+        return optax.apply_updates(params, updates), state
+
+    def apply(params, state, grad, weight, flush):
+        return accumax.apply_gradients(
+            tx, params, state, grad, weight=weight, flush=flush
+        )
+
+    def carried(params, state, grad, weight, flush):
+        step = accumax.train_step(jnp.vdot, tx)
+        return step(params, state, grad, weight=weight, flush=flush)[:2]
+
+    def weighted(params, state, grad, weight, flush):
+        # The gradient of the sum of the items' losses.
+        total = weight if reduction == "mean" else 1.0
+        step = accumax.train_step(
+            lambda p, g: (jnp.vdot(p, g) * total, weight), tx, weighted=True
+        )
+        return step(params, state, grad, flush=flush)[:2]
+
+    ways = [update, apply, carried] + [weighted] * (reduction != "sum")
+    return tx, [jax.jit(way) for way in ways]
+
+
+def wrong_calls(seed):
+    """What is wrong with the calls of this seed, against the contract in NumPy."""
+    rng = np.random.default_rng(seed)
+
+    def choose(options):
+        return options[rng.integers(len(options))]
+
+    reduction = choose(["mean", "sum", "mean_of_sums"])
+    nonfinite, every = choose(["propagate", "skip", "drop"]), choose(list(EVERY))
+    tx, ways = forms(reduction, nonfinite, every)
+    params = jnp.asarray(rng.normal(size=2), jnp.float32)
+    state, want = tx.init(params), np.asarray(params, np.float64)
+    total, items, seen, steps, skipped = np.zeros(2), 0.0, 0, 0, 0
+    length = (lambda step: int(every)) if every.isdigit() else EVERY[every]
+    for n in range(16):
+        grad = np.round(rng.normal(size=2), 3)
+        if nonfinite != "propagate" and rng.random() < 0.2:
+            grad[0] = choose([np.nan, np.inf])
+        weight = choose([1.0, 1.0, 2.0, 0.25, 0.0])
+        close = bool(rng.random() < 0.1)
+        params, state = choose(ways)(
+            params, state, jnp.float32(grad), jnp.float32(weight), jnp.bool_(close)
+        )
+
+        refused = weight > 0 and not np.isfinite(grad).all()
+        if weight > 0 and not refused:
+            total = total + grad * (weight if reduction == "mean" else 1)
+            items += weight
+        skipped += refused
+        seen += not (refused and nonfinite == "skip")
+        closes = close or seen >= length(steps)
+        applies = closes and items > 0
+        if applies:
+            want = want - 0.5 * total / (1 if reduction == "sum" else items)
+            steps += 1
+        if closes:
+            total, items, seen = np.zeros(2), 0.0, 0
+        got = params, state.gradient_step, state.mini_step, state.skipped
+        counts = [int(x) for x in got[1:]]
+        right = np.allclose(params, want, rtol=1e-5, atol=1e-5)
+        if not right or counts != [steps, seen, skipped] or state.emitted != applies:
+            return [
+                f"calls {seed}: after call {n} of {reduction}, {nonfinite}, {every} "
+                f"got {params}, {counts}, {state.emitted}; expected {want}, "
+                f"{[steps, seen, skipped]}, {applies}"
+            ]
+    return []
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["losses"])
+    parser.add_argument("what", choices=["losses", "calls"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=100)
     args = parser.parse_args()
-    check = {"losses": wrong_gradients}[args.what]
+    check = {"losses": wrong_gradients, "calls": wrong_calls}[args.what]
     failed = 0
     for seed in range(args.seed, args.seed + args.count):
         lines = check(seed)

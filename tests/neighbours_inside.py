@@ -74,6 +74,26 @@ def _():
     assert pointers[0] == pointers[1]
 
 
+@inside(
+    "`novograd`, `contrib.mechanize` with half-precision parameters",
+    works="with a note",
+)
+def _():
+    """`accumulate(optax.chain(as_parameters, optax.novograd(3e-4)), k)` | They want
+    gradients of the parameters' dtype, in Optax alone too, and get the float32 mean
+    here: a TypeError. Cast it: `as_parameters = optax.stateless(lambda g, p:
+    optax.tree.cast_like(g, p))`."""
+    as_parameters = optax.stateless(lambda g, p: optax.tree.cast_like(g, p))
+    half = init(jnp.bfloat16)
+    for bare in (optax.novograd(1e-2), contrib.mechanize(SGD, s_init=0.1)):
+        tx = accumulate(optax.chain(as_parameters, bare), K)
+        got, state = accumulated(tx, half)
+        assert state.gradient_step == STEPS
+        is_exact(got, bare, params=half, dtype=jnp.bfloat16)
+        with pytest.raises(TypeError):
+            accumulated(accumulate(bare, K), half)
+
+
 def sam_of_windows(params, calls):
     return at_the_worst(params, whole(calls))
 

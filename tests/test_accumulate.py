@@ -271,6 +271,7 @@ def test_clipping_inside_is_of_the_mean_and_outside_of_each():
     np.testing.assert_allclose(outside, [-0.5, -0.5], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_equinox_module_passes_through_with_its_static_leaves():
     model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))  # holds functions
     tx = accumax.accumulate(optax.adam(0.1), 2)
@@ -315,6 +316,7 @@ def test_the_state_can_be_donated_as_init_gave_it():
     jax.jit(tx.update, donate_argnums=1)(PARAMS, state, value=1.0, norm=2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "drop"])
 def test_extra_arguments_may_be_functions_and_trees(nonfinite):
     tx = accumax.accumulate(

@@ -82,6 +82,7 @@ def test_a_window_of_calls_of_microbatches_is_the_big_batch(in_place):
     assert distance(got, want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 def test_in_place_equals_its_carried_twin_to_the_bit(weighted):
     fun = weighted_loss_fn if weighted else loss_fn
@@ -94,6 +95,7 @@ def test_in_place_equals_its_carried_twin_to_the_bit(weighted):
     assert same_bits(*twins)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("nonfinite", ["propagate", "skip", "drop"])
 def test_a_policy_sees_the_call_as_a_whole(nonfinite, in_place):

@@ -160,6 +160,7 @@ ACROSS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ACROSS)
 def test_a_window_reduces_its_gradient_once_where_it_closes(case):
     kept, loss, params, rows, options = ACROSS[case]
@@ -169,6 +170,7 @@ def test_a_window_reduces_its_gradient_once_where_it_closes(case):
     check_window(found, params)
 
 
+@pytest.mark.slow
 def test_a_plain_state_is_reduced_once_in_each_call():
     tx = accumax.accumulate(optax.adamw(1e-3), every=3)
     step = accumax.train_step(layers_loss, tx, reduce_axis="data", mesh=MESH)
@@ -272,6 +274,7 @@ SHARDED = {
 HOW = "once-once", "each-once", "once-each"  # gather, and reduce
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", SHARDED)
 def test_shards_are_gathered_and_reduced_each_or_once(case, how):

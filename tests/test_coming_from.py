@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from flax.training import dynamic_scale
 from optax import microbatching
 from problems import big_batch, distance
 
@@ -71,6 +72,7 @@ def test_every_name_of_accumax_on_the_page_exists():
 # --- Optax --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_line_for_multisteps_is_the_big_batch_and_multisteps(sections):
     section = sections["`optax.MultiSteps`"]
     want = big_batch(optax.adamw(1e-2), PARAMS, WINDOWS[:2], loss=mean_loss)
@@ -150,6 +152,7 @@ def test_apply_every_after_sgd_is_the_reduction_sum():
     assert distance(got, run(old, grads)[0]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_microbatches_are_those_of_a_scan_by_hand_and_of_the_whole_batch(sections):
     section = sections["`optax.microbatching`, or a `lax.scan` by hand"]
     with jax.enable_x64(True):
@@ -382,3 +385,85 @@ def test_momentum_of_pytorch_is_the_rest_of_flaxs():
     variables = model.init(jax.random.key(0), x)
     _, new = model.apply(variables, x, mutable=["batch_stats"])
     assert distance(new["batch_stats"]["mean"], 0.1 * ROWS.mean(0)) < TOLERANCE
+
+
+def test_a_step_that_donates_takes_no_more_than_multisteps_and_one_that_does_not_more():
+    params = {"w": jnp.ones((256, 256))}
+
+    def memory(tx, donate):
+        def step(params, state, grads):
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        donated = (0, 1) if donate else ()
+        state = jax.eval_shape(tx.init, params)
+        found = jax.jit(step, donate_argnums=donated).lower(params, state, params)
+        found = found.compile().memory_analysis()
+        whole = found.argument_size_in_bytes + found.temp_size_in_bytes
+        return whole + found.output_size_in_bytes - found.alias_size_in_bytes
+
+    ours = accumax.accumulate(optax.adamw(1e-2), 3)
+    theirs = optax.MultiSteps(optax.adamw(1e-2), 3)
+    assert memory(ours, True) <= memory(theirs, True)
+    assert memory(ours, False) > memory(ours, True)
+
+
+def test_the_norm_in_a_snapshot_is_that_of_the_window():
+    norm = optax.snapshot("norm", optax.tree.norm)
+    tx = accumax.accumulate(optax.chain(norm, optax.sgd(1.0)), 2)
+    state = tx.init(jnp.zeros(2))
+    for grad in (jnp.array([6.0, 0.0]), jnp.array([0.0, 8.0])):
+        _, state = tx.update(grad, state)
+    assert optax.tree.get(state, "norm") == 5.0
+
+
+@pytest.mark.parametrize("where", [False, True], ids=["as the page", "with a where"])
+def test_a_dynamic_scale_refuses_a_call_by_the_policy_and_not_by_a_where(where):
+    tx = accumax.accumulate(optax.sgd(1.0), 2, nonfinite="skip")
+    start = accumax.linen.TrainState.create(apply_fn=None, params=jnp.ones(()), tx=tx)
+    scale = dynamic_scale.DynamicScale(scale=2.0**100)
+
+    @jax.jit
+    def step(state, scale, x):
+        fun = scale.value_and_grad(lambda w: jnp.mean(w * x))
+        scale, finite, _, grads = fun(state.params)
+        new = state.apply_gradients(grads=grads)
+        if where:
+            keep = lambda a, b: jnp.where(finite, a, b)  # noqa: E731
+            new = new.replace(
+                params=jax.tree.map(keep, new.params, state.params),
+                opt_state=jax.tree.map(keep, new.opt_state, state.opt_state),
+            )
+        return new, scale
+
+    state = start
+    for x in (1.0, 1e30, 3.0):  # the second overflows
+        state, scale = step(state, scale, jnp.float32(x))
+    assert state.step == 1
+    assert state.params == 1 - 2
+    # With the where, the state does not know of the call that was refused.
+    assert state.opt_state.skipped == (0 if where else 1)
+
+
+def test_a_scaled_loss_gives_the_update_of_the_loss():
+    tx = accumax.accumulate(optax.sgd(1.0), 2)
+
+    def run(scale):
+        def loss(w, x):
+            return scale * jnp.sum(w * x), scale * x.shape[0]
+
+        step = jax.jit(accumax.train_step(loss, tx, weighted=True))
+        w, state = jnp.ones(()), tx.init(jnp.ones(()))
+        for x in (jnp.ones(1), jnp.arange(3.0)):
+            w, state, _ = step(w, state, x)
+        return w
+
+    assert run(2.0**15) == run(1.0) == 0
+
+
+def test_what_was_donated_is_gone():
+    tx = accumax.accumulate(optax.sgd(1.0), 2)
+    step = accumax.train_step(lambda w, x: jnp.sum(w * x), tx)
+    w = jnp.ones(2)
+    jax.jit(step, donate_argnums=(0, 1))(w, tx.init(w), jnp.ones(2))
+    assert w.is_deleted()

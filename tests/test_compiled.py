@@ -74,11 +74,13 @@ def divided_memory(form):
     return memory(compiled(step, init_state, transformer.shapes(size), tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [forms.VALUE_AND_GRAD, forms.DIVIDED])
 def test_eight_microbatches_take_at_most_eight_percent_more_memory_than_one(form):
     assert divided_memory(form) <= 1.08 * transformer_memory(forms.PLAIN)
 
 
+@pytest.mark.slow
 def test_the_twin_that_carries_the_tree_takes_a_gradient_more():
     carried = divided_memory("value_and_grad(in_place=False)")
     assert carried >= divided_memory(forms.VALUE_AND_GRAD) + 0.7 * sum(
@@ -218,7 +220,9 @@ def test_every_call_runs_what_the_first_one_traced():
         first = len(traces)
         for _ in range(6):
             params, state, _ = step(params, state, batch)
-        assert len(traces) == first == 1
+        # JAX 0.10 is asked before where refs are safe.
+        twice = in_place and jax.__version_info__ < (0, 11)
+        assert len(traces) == first == 1 + twice
         assert step._cache_size() == 1
 
     update = jax.jit(tx.update)

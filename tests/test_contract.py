@@ -254,6 +254,7 @@ def test_the_update_is_that_of_the_big_batch(way, dtype):
     check(got, dtype, references(WINDOWS, dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nonfinite", ["skip", "drop"])
 @pytest.mark.parametrize(
     "way", ["jit", "scan", "vmap", "train_step", "train_step, vmap"]
@@ -311,6 +312,7 @@ def one_call(form, tx):
     return jax.jit({f.__name__: f for f in forms}[form])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "form", ["update", "apply_gradients", "train_step", "weighted"]

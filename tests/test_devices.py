@@ -108,6 +108,7 @@ def test_devices_have_the_gradient_of_the_whole_batch(case, axes, kind):
     assert distance(grads, want) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", WITHIN)
@@ -296,6 +297,7 @@ def test_a_window_of_devices_is_one_of_one_device(case, apart, kind):
     assert distance(on_one(case), many) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("apart", [True, False], ids=["apart", "together"])
 def test_a_window_in_a_shard_map_of_ones_own(apart):
     fun, options, _ = ACROSS["weighted"]

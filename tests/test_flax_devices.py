@@ -92,6 +92,7 @@ def test_linen_statistics_are_those_of_all_rows_and_keys_differ(apart, size, kin
     assert state.calls == 4 * (6 if size else 1)  # the microbatches of one device
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=["auto", "explicit"])
 @pytest.mark.parametrize("size", [None, 8])
 def test_nnx_statistics_are_those_of_all_rows_and_masks_differ(size, kind):

@@ -286,6 +286,97 @@ def test_a_train_state_that_was_not_created_names_create():
             call()
 
 
+# Errors that did not say what to do.
+
+
+def shapes(tx):
+    return tx.init({"w": jax.ShapeDtypeStruct((2,), jnp.float32)})
+
+
+def row_loss(w, x, *others):
+    return jnp.mean(x * w)
+
+
+X = jnp.ones(4)
+BAD = {
+    "a module": (lambda tx: tx.init(nn.Dense(2)), TypeError, "is a Dense"),
+    "a module, differentiated": (
+        lambda tx: accumax.grad(row_loss, microbatch_size=2)(nn.Dense(2), X),
+        TypeError,
+        "Argument 0 is a Dense",
+    ),
+    "shapes": (shapes, TypeError, "eval_shape"),
+    "MultiSteps": (
+        lambda tx: accumax.accumulate(optax.MultiSteps(SGD, 2), 2),
+        TypeError,
+        "accumulate replaces it",
+    ),
+    "has_updated": (lambda tx: tx.has_updated, AttributeError, "accumax.has_updated"),
+    "gradient_transformation": (
+        lambda tx: tx.gradient_transformation(),
+        AttributeError,
+        "Use tx itself",
+    ),
+    "a MultiStepsState": (
+        lambda tx: tx.update(1.0, optax.MultiSteps(SGD, 2).init(1.0)),
+        TypeError,
+        "coming_from.md",
+    ),
+    "aux without has_aux": (
+        lambda tx: accumax.grad(row_loss, microbatch_size=2, aux="sum"),
+        ValueError,
+        "has_aux=True",
+    ),
+    "aux without has_aux in a step": (
+        lambda tx: accumax.train_step(row_loss, tx, microbatch_size=2, aux="sum"),
+        ValueError,
+        "has_aux=True",
+    ),
+    "a string for an aux": (
+        lambda tx: accumax.grad(
+            lambda w, x: (row_loss(w, x), {"name": "relu"}), 0, True, microbatch_size=2
+        )(1.0, X),
+        TypeError,
+        "aux.'name'. is 'relu'",
+    ),
+    "an aux of another structure": (
+        lambda tx: accumax.grad(
+            lambda w, x: (row_loss(w, x), {"a": x}),
+            0,
+            True,
+            microbatch_size=2,
+            aux={"b": "sum"},
+        )(1.0, X),
+        ValueError,
+        "a tree with its keys",
+    ),
+    "a negative weight": (
+        lambda tx: accumax.grad(
+            lambda w, x: (row_loss(w, x), -2.0), weighted=True, microbatch_size=2
+        )(1.0, X),
+        ValueError,
+        "the weight from the loss function is -2.0",
+    ),
+    "a batch that is a key": (
+        lambda tx: accumax.grad(row_loss, microbatch_size=2, rng_argnums=1)(1.0, X),
+        ValueError,
+        "^batch_argnums=",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_error_says_what_came_and_what_to_do(name):
+    call, error, words = BAD[name]
+    with pytest.raises(error, match=words):
+        call(accumax.accumulate(SGD, 2))
+
+
+def test_an_argument_that_may_hold_rows_is_not_handed_on_in_silence():
+    with pytest.warns(UserWarning, match=r"batch_argnums=\(1, 2\)"):
+        accumax.grad(row_loss, microbatch_size=2)(1.0, X, X)
+
+
 # Settings of JAX.
 
 

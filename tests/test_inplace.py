@@ -181,6 +181,7 @@ def test_in_place_equals_carried_to_the_bit(fun):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fun", ONCE + OFTEN)
 def test_without_jit_the_same_is_accepted(fun):
     p, x = params(), jnp.eye(4)
@@ -188,6 +189,7 @@ def test_without_jit_the_same_is_accepted(fun):
     assert distance(in_place, carried) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fun", ONCE + OFTEN)
 def test_a_half_precision_cotangent_is_added_in_float32(fun):
     dtype = jnp.bfloat16

@@ -174,6 +174,7 @@ def test_both_forms_agree_and_their_twins_to_the_bit():
     assert by_step.step == 2
 
 
+@pytest.mark.slow
 def test_flush_closes_a_window_with_the_statistics_of_what_was_seen():
     model, batch = nets.Linen(), nets.rows(24)
     state, step = state_of(model, every=8), step_of(model)
@@ -194,6 +195,7 @@ def test_flush_closes_a_window_with_the_statistics_of_what_was_seen():
     assert same_bits(other.batch_stats, state.batch_stats)
 
 
+@pytest.mark.slow
 def test_weights_say_how_many_rows_a_gradient_has():
     model, batch = nets.Linen(), nets.rows(24)
     state = state_of(model, every=2)
@@ -262,6 +264,7 @@ def test_other_fields_are_handed_on():
     assert (refused.count, refused.step, refused.microstep) == (6, 1, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "drop"])
 @pytest.mark.parametrize("form", ["train_step", "apply_gradients"])
 def test_a_call_that_is_refused_leaves_no_statistics(policy, form):

@@ -64,6 +64,7 @@ def test_value_and_gradient_are_those_of_the_big_batch(size, dtype, in_place):
     assert distance(got, want) <= 2 * distance(big, want) + jnp.finfo(dtype).eps
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_in_float64_they_are_exact(size, in_place):
@@ -197,6 +198,7 @@ def test_large_weights_do_not_make_a_half_precision_gradient_vanish(in_place):
     np.testing.assert_allclose(grad([fun, fun]), 2 * 512 / 2e5, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_sum_is_not_divided(weighted):
     fun = tokens_loss if weighted else (lambda p, b: jnp.sum(losses(p, b)))
@@ -473,6 +475,7 @@ def test_complex_parameters_have_the_gradient_of_jax():
 # Transformations
 
 
+@pytest.mark.slow
 @BOTH
 def test_under_vmap_and_scan_and_without_jit(in_place):
     f = accumax.grad(loss_fn, microbatch_size=7, in_place=in_place)

@@ -111,6 +111,7 @@ def test_parameters_are_those_of_the_big_batch(form):
     assert optimizer.step[...] == whole.step[...]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("ends", [(8, 16, 24), (3, 13, 24)], ids=["even", "uneven"])
 def test_statistics_are_those_of_the_whole_window(form, ends):
@@ -131,6 +132,7 @@ def test_statistics_are_those_of_the_whole_window(form, ends):
     assert optimizer.step[...] == 1
 
 
+@pytest.mark.slow
 def test_both_forms_agree_and_their_twins_to_the_bit():
     batch = nets.rows(24)
     results = {}
@@ -316,6 +318,7 @@ def test_update_is_told_weights_and_what_the_optimizer_takes():
     assert best == 2.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["update", "train_step"])
 def test_a_call_that_is_refused_leaves_no_statistics(form):
     model, batch = net(), nets.rows(24)
@@ -514,6 +517,7 @@ def test_statistics_that_others_move_within_a_window_stay_sane():
     np.testing.assert_allclose(g.var[...], var, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_of_two_optimizers_of_a_model_one_pools():
     model, batch = net(), nets.rows(24)
     params = pure(model, nnx.Param)
@@ -531,6 +535,7 @@ def test_of_two_optimizers_of_a_model_one_pools():
     assert nets.near(pure(model, nnx.BatchStat), want)
 
 
+@pytest.mark.slow
 def test_no_buffer_is_in_two_places_after_an_eager_call():
     model, batch = net(), nets.rows(24)
     optimizer = optimizer_of(model, every=2)

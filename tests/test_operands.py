@@ -253,7 +253,19 @@ def check(place, kinds):
                 np.testing.assert_array_equal(got[name], twin[name], err_msg=kind)
 
 
-@pytest.mark.parametrize("place", [*MATRICES, *STACKS])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "cond around a scan",
+        "custom_jvp",
+        "jit twice around a scan",
+        "scan in a scan",
+        "scan, constants",
+        "scan, xs",
+        "switch",
+        "vmap around a scan of xs",
+    ],
+)
 def test_no_gradient_is_that_of_another_operand(place):
     check(place, FEW)
 
@@ -261,7 +273,7 @@ def test_no_gradient_is_that_of_another_operand(place):
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [*MATRICES, *STACKS])
 def test_no_kind_of_operand_is_mistaken_in_any_place(place):
-    check(place, KINDS.keys() - set(FEW))
+    check(place, KINDS)
 
 
 class Block(nn.Module):
@@ -316,7 +328,7 @@ def test_the_scan_of_nnx_keeps_gradients_apart():
         np.testing.assert_allclose(got[name][...], want[name][...], atol=1e-5)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_gradient_of_a_random_loss_is_that_of_jax(seed):
     assert fuzz.wrong_gradients(1000 + seed) == []
 

@@ -90,6 +90,7 @@ def test_multisteps_runs_the_inner_eight_times_for_one(form):
     assert len(ran) == 2
 
 
+@pytest.mark.slow
 def test_multisteps_searches_the_line_eight_times_for_one():
     searched = []
     batch = data(1)[0]

@@ -231,6 +231,7 @@ def test_both_passes_have_the_same_key_and_each_microbatch_its_own(make):
     np.testing.assert_array_equal(out[1::2] != 0, masks[1])
 
 
+@pytest.mark.slow
 @BOTH
 def test_it_composes_with_other_transformations(in_place):
     towers, x, y = arrays()

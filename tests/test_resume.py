@@ -31,6 +31,7 @@ def restored(like, folder):
         return checkpointer.restore(folder / "state", resume.abstract(like))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("every", "closes"), [(2, 3), (3, 3), (5, 5)])
 def test_a_window_goes_on_with_another_length(every, closes, tmp_path):
     """One that is longer than the new length closes with the next call."""
@@ -85,6 +86,7 @@ def test_a_window_goes_on_with_another_sharding(form, tmp_path):
     assert distance(*numbers) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["linen", "nnx"])
 @pytest.mark.parametrize("folder", SAMPLES, ids=lambda path: path.name)
 def test_a_checkpoint_of_a_release_is_read(form, folder):

@@ -1,6 +1,7 @@
 """The contract table, row by row, on `update`; `test_contract.py` has the ways to
 call."""
 
+import fuzz
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -304,3 +305,8 @@ def test_the_state_works_with_optax_tree_and_eval_shape():
     shapes = jax.eval_shape(tx.init, {"w": jnp.ones(2)})
     assert jax.tree.map(lambda s, x: s.dtype == x.dtype, shapes, state)
     assert jax.tree.structure(shapes) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("seed", range(0, 40, 10))
+def test_random_calls_do_what_the_contract_says(seed):
+    assert [x for i in range(10) for x in fuzz.wrong_calls(seed + i)] == []

@@ -1,0 +1,155 @@
+"""The transformation that `accumulate` is around: its state and extra arguments."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from . import _numerics as numerics
+from ._arguments import is_near
+from ._types import PyTree
+
+# What Optax's own transformations take by name, wherever they are in a chain.
+OF_OPTAX = frozenset({"value", "grad", "value_fn"})
+
+
+class Inner(NamedTuple):
+    """A transformation, and which extra arguments it takes.
+
+    Attributes:
+      init, update: its own; `update` takes any extra arguments.
+      names: those that it names.
+      takes_any: whether it has a `**` for others, as a chain has.
+    """
+
+    init: Callable[..., Any]
+    update: Callable[..., Any]
+    names: frozenset[str]
+    takes_any: bool
+
+    def emits(
+        self,
+        grads: PyTree,
+        inner_state: Any,
+        params: PyTree,
+        extra_args: dict[str, Any],
+    ) -> PyTree:
+        """Shapes and dtypes of what it gives for gradients like `grads`."""
+
+        def updates(grads: PyTree, inner_state: Any, params: PyTree) -> Any:
+            return self.update(grads, inner_state, params, **extra_args)
+
+        self._check_state(inner_state, grads if params is None else params)
+        new_updates, new_state = jax.eval_shape(updates, grads, inner_state, params)
+        got, gave = jax.tree.structure(inner_state), jax.tree.structure(new_state)
+        if gave == got:
+            return new_updates
+        raise TypeError(
+            f"The inner transformation changes the structure of its own state, from "
+            f"{got} to {gave}, which no branch or loop of JAX can do. Put it around "
+            "the accumulate, or give its init what its update needs."
+        )
+
+    def _check_state(self, inner_state: Any, like: PyTree) -> None:
+        try:
+            expected = jax.eval_shape(self.init, like)
+        except Exception:  # one that needs values: nothing to compare with
+            return
+        got, want = jax.tree.structure(inner_state), jax.tree.structure(expected)
+        if want != got:
+            raise TypeError(
+                f"state.inner_opt_state is not a state of the inner transformation: it "
+                f"is {got}, where {want} was expected. Pass what init of this "
+                "accumulate gave, or its last update."
+            )
+        paths = jax.tree_util.tree_leaves_with_path(inner_state)
+        for (path, x), y in zip(paths, jax.tree.leaves(expected), strict=True):
+            if jnp.shape(x) != y.shape:
+                raise ValueError(
+                    f"state.inner_opt_state{jax.tree_util.keystr(path)} has shape "
+                    f"{jnp.shape(x)}, where these parameters need {y.shape}. Pass the "
+                    "state that init of this accumulate gave for them."
+                )
+
+    def check_used(
+        self,
+        grads: PyTree,
+        state: Any,
+        params: PyTree,
+        extra_args: dict[str, Any],
+        averaged: tuple[str, ...],
+    ) -> None:
+        """Checks that extra arguments are used: a chain takes all names.
+
+        Raises:
+          TypeError: one is not.
+        """
+        known = self.names | OF_OPTAX | set(averaged)
+        arrays = {
+            name: jnp.asarray(x)
+            for name, x in extra_args.items()
+            if name not in known and numerics.dtype_of(x) is not None
+        }
+        if not arrays:
+            return
+        others = {n: x for n, x in extra_args.items() if n not in arrays}
+
+        def updates(arrays: dict[str, Any], *args: Any) -> Any:
+            return self.update(*args, **arrays, **others)
+
+        jaxpr = jax.make_jaxpr(updates)(arrays, grads, state, params).jaxpr
+        used = {x for eqn in jaxpr.eqns for x in eqn.invars if not hasattr(x, "val")}
+        used |= {x for x in jaxpr.outvars if not hasattr(x, "val")}
+        for name, x in zip(sorted(arrays), jaxpr.invars, strict=False):
+            if x not in used:
+                raise TypeError(
+                    f"{name}={extra_args[name]!r} was passed, and nobody takes it: not "
+                    "the loss function, whose arguments are passed by position, not "
+                    "accumulate, and not the inner transformation."
+                )
+
+    def takes(self, name: str) -> bool:
+        """Whether it can be passed an extra argument of this name."""
+        return self.takes_any or name in self.names
+
+    def check_names(
+        self, extra_args: dict[str, Any], averaged: tuple[str, ...], strict: bool
+    ) -> None:
+        """Checks the names of extra arguments.
+
+        By Optax's convention they go to whoever takes them, which may be another member
+        of a chain. `strict`: all of them are for this one. `averaged`: those that are
+        averaged over a window.
+
+        Raises:
+          TypeError: one is nearly the name of an argument, or nobody takes it.
+        """
+        for name in extra_args.keys() - self.names - set(averaged):
+            for known in ("weight", "flush", *averaged):
+                if is_near(name, known):
+                    raise TypeError(
+                        f"{name}={extra_args[name]!r} was passed, which nobody takes. "
+                        f"Is {known}=... meant?"
+                    )
+            if strict and not self.takes_any:
+                raise TypeError(
+                    f"{name}={extra_args[name]!r} was passed, and neither accumulate "
+                    "nor the inner transformation takes an argument of this name. The "
+                    "inner transformation takes "
+                    f"{', '.join(sorted(self.names)) or 'no extra arguments'}."
+                )
+
+
+def inner_of(tx: optax.GradientTransformation) -> Inner:
+    """`tx`, with what its signature says."""
+    wrapped = optax.with_extra_args_support(tx)
+    if not isinstance(tx, optax.GradientTransformationExtraArgs):
+        return Inner(wrapped.init, wrapped.update, frozenset(), False)
+    found = list(inspect.signature(tx.update).parameters.values())
+    variadic = inspect.Parameter.VAR_KEYWORD
+    names = frozenset(p.name for p in found[3:] if p.kind != variadic)
+    takes_any = any(p.kind == variadic for p in found)
+    return Inner(wrapped.init, wrapped.update, names, takes_any)
