@@ -205,7 +205,8 @@ def test_several_arguments_may_hold_the_batch():
         ({"microbatch_size": 2, "aux": "none"}, ValueError, "'none'"),
         ({"rng_argnums": 2}, ValueError, "Pass microbatch_size"),
         ({"batch_argnums": 2}, ValueError, "Pass microbatch_size"),
-        ({"aux": "sum"}, ValueError, "Pass microbatch_size"),
+        ({"aux": "sum", "has_aux": True}, ValueError, "Pass microbatch_size"),
+        ({"aux": "sum", "microbatch_size": 2}, ValueError, "Pass has_aux=True"),
     ],
     ids=str,
 )

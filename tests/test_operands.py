@@ -41,7 +41,8 @@ KINDS = {
     "of both": lambda a, b: (a + b, b),
 }
 FEW = "computed first", "one twice, once computed"
-OFTEN = "one twice", "one twice, once computed", "of both"
+# Where nothing is computed from a gradient, which XLA may fuse in one form alone.
+AS_THEY_ARE = "two parameters", "stopped", "a constant", "integers"
 
 
 def mix(h, p, q):
@@ -66,7 +67,7 @@ def carried(h, p, q):
         h, p, q = carry
         return (mix(h, p, q), 0.9 * p, q), None
 
-    return lax.scan(turn, (h, p, q), length=2)[0][0]
+    return lax.scan(turn, (h, p.astype(h.dtype), q), length=2)[0][0]
 
 
 def stacked(h, p, q):
@@ -239,7 +240,7 @@ def check(place, kinds):
     losses = {kind: functools.partial(loss, kind) for kind in kinds}
     for kind, (want, got, twin, across) in gradients(losses, params, x).items():
         # A cast rounds the gradient of each microbatch.
-        close = {"rtol": 0.02 if kind == "cast" else 1e-4, "atol": 1e-4}
+        close = {"rtol": 1e-4, "atol": 0.01 if kind == "cast" else 1e-4}
         for name in params:
             largest = max(1, np.abs(want[name]).max())
             for other in (got, twin):
@@ -249,7 +250,7 @@ def check(place, kinds):
             np.testing.assert_allclose(
                 across[name] / largest, want[name] / largest, rtol=1e-4, atol=1e-5
             )
-            if place in ONE_ORDER and kind not in OFTEN:
+            if place in ONE_ORDER and kind in AS_THEY_ARE:
                 np.testing.assert_array_equal(got[name], twin[name], err_msg=kind)
 
 
