@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tqdm
 from jax import lax
 
 import accumax
@@ -461,7 +462,7 @@ def main():
     args = parser.parse_args()
     check = {"losses": wrong_gradients, "calls": wrong_calls}[args.what]
     failed = 0
-    for seed in range(args.seed, args.seed + args.count):
+    for seed in tqdm.trange(args.seed, args.seed + args.count, mininterval=10):
         lines = check(seed)
         failed += bool(lines)
         print(*lines, sep="\n", end="\n" if lines else "", flush=True)
