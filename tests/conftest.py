@@ -3,12 +3,13 @@
 import os
 
 # Before jax is imported: four devices, for what is sharded. A program runs once or
-# twice here, so LLVM is not to take long over it; XLA's own passes are as ever.
+# twice here, so LLVM is not to take long over it; XLA's own passes are as ever. What
+# the environment says comes last, and so wins.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true "
+    f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
 )
 
 import itertools
