@@ -143,12 +143,12 @@ def value_and_grad(
     >>> import jax.numpy as jnp
     >>> def loss_fn(w, x):
     ...     return jnp.mean((x @ w - 1) ** 2)
-    >>> w, x = jnp.zeros(3), jnp.arange(30.0).reshape(10, 3)
-    >>> f = jax.jit(accumax.value_and_grad(loss_fn, microbatch_size=4))  # 4, 4 and 2
+    >>> w, x = jnp.zeros(3), jnp.arange(24.0).reshape(8, 3)
+    >>> f = jax.jit(accumax.value_and_grad(loss_fn, microbatch_size=3))  # 3, 3 and 2
     >>> print(*f(w, x))
-    1.0 [-27. -29. -31.]
+    1.0 [-21. -23. -25.]
     >>> print(*jax.value_and_grad(loss_fn)(w, x))
-    1.0 [-27. -29. -31.]
+    1.0 [-21. -23. -25.]
 
     References:
       `optax.microbatching` divides a batch as well; `tests/test_peers.py` names what
