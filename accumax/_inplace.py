@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
 
 from . import _numerics as numerics
-from ._jaxprs import of_linear_program, sliced, unsafe_refs
+from ._jaxprs import hands_on_refs, of_linear_program, sliced, unsafe_refs
 from ._shardings import fitted, typed_like
 from ._types import ArrayLike, PyTree
 
@@ -208,9 +209,59 @@ def _isolated(fun: Callable[..., Any], *args: Any) -> Any:
         rest[:] = structure, *zip(others, found, strict=True)
         return [x for x, a in zip(leaves, found, strict=True) if a]
 
-    traced = iter(jax.jit(arrays, inline=True)(*args))
+    program = jax.make_jaxpr(arrays)(*args)
+    operands = jax.tree.leaves(args)
+    if hands_on_refs(program.jaxpr):
+        _unbatched(_probed((operands, program.consts)))
+    traced = iter(jaxpr_as_fun(program)(*operands))
     structure, *leaves = rest
     return structure.unflatten([next(traced) if array else x for x, array in leaves])
+
+
+def is_batched(tree: PyTree) -> bool:
+    """Whether a `jax.vmap` that is being traced batches an array of `tree`.
+
+    Not one around a `jax.jit` that is being traced: it comes to see the program later.
+    """
+    batched = False
+    probe = jax.custom_batching.custom_vmap(lambda arrays: ())
+
+    @probe.def_vmap
+    def note(size: int, each: Any, arrays: list[jax.Array]) -> Any:
+        nonlocal batched
+        del size, each, arrays
+        batched = True
+        return (), ()
+
+    probe(_probed(tree))
+    return batched
+
+
+def _probed(tree: PyTree) -> list[jax.Array]:
+    return [
+        lax.stop_gradient(x) for x in jax.tree.leaves(tree) if isinstance(x, Tracer)
+    ]
+
+
+@jax.custom_batching.custom_vmap
+def _unbatched(arrays: list[jax.Array]) -> tuple[()]:
+    """`jax.vmap` must not batch `arrays`.
+
+    It cannot batch a scan over a ref, nor from 0.12 on a conditional that is handed
+    one; what it says of it names nothing of the caller's.
+    """
+    del arrays
+    return ()
+
+
+@_unbatched.def_vmap
+def _refuse(size: int, batched: Any, arrays: list[jax.Array]) -> Any:
+    del size, batched, arrays
+    raise NotImplementedError(
+        "jax.vmap cannot batch this jitted function, whose loss is differentiated in "
+        "place and has a lax.scan or a lax.cond. Put jax.jit outside of jax.vmap, or "
+        "pass in_place=False."
+    )
 
 
 def _ports(fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree) -> Iterator[Any]:

@@ -72,6 +72,24 @@ def unsafe_refs(program: Any, ported: set[int]) -> set[int]:
         ported = found  # behind ports they are values, perhaps beside further inputs
 
 
+def hands_on_refs(jaxpr: Any) -> bool:
+    """Whether a scan, at any depth, is over a ref, or a conditional is handed one."""
+    for eqn in jaxpr.eqns:
+        for inner in _inner(eqn):
+            if hands_on_refs(inner):
+                return True
+            if eqn.primitive.name not in ("scan", "cond"):
+                continue
+            # All operands of a scan; a conditional's come last. What is scanned over
+            # has an axis more outside.
+            outside = eqn.invars[len(eqn.invars) - len(inner.invars) :]
+            for x, y in zip(outside, inner.invars, strict=True):
+                over = eqn.primitive.name == "cond" or x.aval.shape != y.aval.shape
+                if _is_ref(y) and over:
+                    return True
+    return False
+
+
 def exchanges(names: tuple[str, ...], fun: Callable[..., Any], *args: Any) -> bool:
     """Whether `fun(*args)` has devices along these mesh axes send each other anything.
 
@@ -114,6 +132,10 @@ def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:
             yield from _walk(inner, inside[skipped:])
         if any(kind is not None for kind in operands):
             known |= dict.fromkeys(eqn.outvars, _COMPUTED)
+
+
+def _is_ref(x: Any) -> bool:
+    return hasattr(x.aval, "inner_aval")
 
 
 def _inputs(kinds: list[Any]) -> set[int]:

@@ -14,7 +14,7 @@ from . import _numerics as numerics
 from ._accumulator import Accumulator, Sums, accumulator
 from ._devices import Axes
 from ._gather import Gather
-from ._inplace import add_backward, at_most_once
+from ._inplace import add_backward, at_most_once, is_batched
 from ._jaxprs import exchanges
 from ._loss import Carrying, Loss
 from ._shardings import fitted, typed_like
@@ -114,6 +114,8 @@ class Loop:
           carried: what the first microbatch is given, if `carries`.
           cuts: how what is differentiated is divided, if `gather`.
         """
+        if is_batched((args, carried, grads, [part.kwargs for part in parts.each()])):
+            self = dataclasses.replace(self, in_place=False)
         live = {n: live_part(args[n]) for n in argnums}
         if self.axes is not None:
             live = self.axes.vary(live)

@@ -14,6 +14,7 @@ from . import _numerics as numerics
 from . import _reduce
 from ._accumulator import Accumulator, accumulator
 from ._arguments import Place, Places
+from ._inplace import is_batched
 from ._loop import backward
 from ._shardings import typed_like
 from ._split import Part, Parts, split
@@ -122,7 +123,7 @@ def microbatch(
                     others[1],
                     cotangents,
                     accumulated,
-                    in_place,
+                    in_place and not is_batched((residuals, cotangents)),
                 ),
             )
 

@@ -1,23 +1,25 @@
 """Every test runs on the CPU, with the strictest settings that JAX has."""
 
+import itertools
 import os
 
-# Before jax is imported: four devices, for what is sharded. A program runs once or
-# twice here, so LLVM and the emitters of kernels are not to take long over it (together
-# a third of the time); XLA's own passes are as ever. What the environment says comes
-# last, and so wins.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
-    f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
-)
-
-import itertools
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported
 
 import hypothesis
 import jax
 import pytest
+
+# Before there is a backend: four devices, for what is sharded. A program runs once or
+# twice here, so LLVM and the emitters of kernels are not to take long over it (together
+# more than half of the time); XLA's own passes are as ever. What the environment says
+# comes last, and so wins.
+EMITTERS = "--xla_cpu_use_fusion_emitters=false "  # not a flag of JAX 0.12
+FLAGS = os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
+    "--xla_llvm_disable_expensive_passes=true "
+    f"{EMITTERS if jax.__version_info__ < (0, 12) else ''}"
+    f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -39,7 +41,7 @@ def pytest_collection_modifyitems(items):
     have every value of every parameter among them. The carried twin of a form in place
     runs there if it is the subject: what has no parameter but `in_place` has one run.
     """
-    assert os.environ["XLA_FLAGS"] == FLAGS, "A module changed it when it was collected."
+    assert os.environ["XLA_FLAGS"] == FLAGS, "Collecting a module set it."
     for item in items:
         if _axes(item) == {("in_place", "False")}:
             item.add_marker(pytest.mark.slow)

@@ -84,6 +84,7 @@ ALLOWED = {
     "_recompute": {
         "_types",
         "_numerics",
+        "_inplace",
         "_shardings",
         "_accumulator",
         "_arguments",

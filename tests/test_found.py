@@ -405,6 +405,58 @@ def scanned_loss(w, x):
     return jnp.mean(lax.scan(lambda h, w: (jnp.sin(h @ w), None), x, w)[0] ** 2)
 
 
+# A vmap of what is in place, where JAX cannot batch the refs of a scan.
+
+
+def branched_loss(w, x):
+    branches = [lambda x, w, i=i: jnp.sin(x @ w[i]) for i in range(2)]
+    return jnp.mean(lax.cond(w[0, 0, 0] > 0, *branches, x, w) ** 2)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0)])
+@pytest.mark.parametrize("fun", [scanned_loss, branched_loss])
+@pytest.mark.parametrize("form", ["grad", "train_step", "microbatch"])
+@pytest.mark.filterwarnings("ignore:JAX 0.1.*in place")
+def test_a_vmap_of_a_loss_that_scans_is_that_of_jax(form, fun, axes):
+    rng = np.random.default_rng(0)
+    ws = jnp.asarray(rng.normal(size=(3, 2, 2, 2)), jnp.float32)
+    xs = jnp.asarray(rng.normal(size=(3, 4, 2)), jnp.float32)
+    args = [all_ if a == 0 else all_[0] for all_, a in zip((ws, xs), axes, strict=True)]
+
+    def by_step(w, x):
+        tx = accumax.accumulate(SGD, 1)
+        step = accumax.train_step(fun, tx, microbatch_size=2)
+        return w - step(w, tx.init(w), x)[0]
+
+    def recomputed(w, x):
+        each = jax.vmap(lambda row: fun(w, row[None]))
+        return jnp.mean(
+            accumax.microbatch(lambda w, x: each(x), microbatch_size=2)(w, x)
+        )
+
+    forms = {
+        "grad": accumax.grad(fun, microbatch_size=2),
+        "train_step": by_step,
+        "microbatch": jax.grad(recomputed),
+    }
+    got = jax.jit(jax.vmap(forms[form], axes))(*args)
+    want = jax.vmap(jax.grad(fun), axes)(*args)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_a_vmap_around_jit_of_a_loss_that_scans_says_what_to_do():
+    args = jnp.ones((3, 2, 2, 2)), jnp.ones((4, 2))
+
+    def gradients(**options):
+        f = jax.jit(accumax.grad(scanned_loss, microbatch_size=2, **options))
+        return jax.vmap(f, (0, None))(*args)
+
+    with pytest.raises(NotImplementedError, match="in_place=False"):
+        gradients()
+    want = jax.vmap(jax.grad(scanned_loss), (0, None))(*args)
+    np.testing.assert_allclose(gradients(in_place=False), want, atol=1e-6)
+
+
 def test_a_check_for_leaks_finds_none_and_nothing_falls_back():
     tx, w, x = accumax.accumulate(SGD, 2), jnp.ones((3, 2, 2)), jnp.ones((4, 2))
     with jax.checking_leaks():  # a fallback warns, and warnings are errors here
