@@ -377,6 +377,13 @@ def test_an_argument_that_may_hold_rows_is_not_handed_on_in_silence():
         accumax.grad(row_loss, microbatch_size=2)(1.0, X, X)
 
 
+def test_an_inner_that_changes_the_structure_of_its_state_is_named():
+    inner = optax.GradientTransformation(lambda p: (), lambda g, s, p=None: (g, (s,)))
+    tx, w = accumax.accumulate(inner, 2), jnp.ones(2)
+    with pytest.raises(TypeError, match="the structure of its own state"):
+        accumax.apply_gradients(tx, w, tx.init(w), w)
+
+
 # Settings of JAX.
 
 

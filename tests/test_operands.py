@@ -40,7 +40,7 @@ KINDS = {
     "one twice, once computed": lambda a, b: (-b, b),
     "of both": lambda a, b: (a + b, b),
 }
-FEW = "computed first", "one twice, once computed"
+FEW = "computed first", "one twice", "one twice, once computed"
 # Where nothing is computed from a gradient, which XLA may fuse in one form alone.
 AS_THEY_ARE = "two parameters", "stopped", "a constant", "integers"
 
