@@ -3,11 +3,11 @@
 from ._accumulate import accumulate as accumulate
 from ._accumulate import flush as flush
 from ._accumulate import has_updated as has_updated
-from ._microbatch import grad as grad
-from ._microbatch import value_and_grad as value_and_grad
-from ._recompute import microbatch as microbatch
-from ._state import AccumulateState as AccumulateState
+from ._microbatch import microbatch as microbatch
 from ._train_step import apply_gradients as apply_gradients
 from ._train_step import train_step as train_step
+from ._value_and_grad import grad as grad
+from ._value_and_grad import value_and_grad as value_and_grad
+from ._window.state import AccumulateState as AccumulateState
 
 __version__ = "0.1.0"

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._accumulator import accumulator
-from ._arguments import check_length
-from ._devices import AxisNames, MeshLike, check_axes
-from ._inner import inner_of
-from ._state import AccumulateState, is_state
+from ._devices.replicated import AxisNames, MeshLike, check_axes
+from ._sums import accumulator
 from ._types import DTypeLike, NonFinite, PyTree, Reduction, Schedule
-from ._window import Window, is_accumulate, window_of
+from ._window.checks import check_length
+from ._window.inner import inner_of
+from ._window.state import AccumulateState, is_state
+from ._window.window import Window, is_accumulate, window_of
 
 
 def accumulate(

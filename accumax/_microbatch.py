@@ -1,306 +1,274 @@
-"""Within a call: the big batch's gradient, one microbatch at a time."""
+"""A function of a batch, computed and differentiated one microbatch at a time."""
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from . import _numerics as numerics
-from . import _reduce
-from ._accumulator import Sums, accumulator, usable
-from ._arguments import Places, at, check_argnums
-from ._devices import Axes, AxisNames, MeshLike, check_axes
-from ._gather import When, check_gather, specs_of
-from ._loop import Loop, live_part
-from ._loss import Carrying
-from ._split import Split, split
+from . import _tree
+from ._batch.arguments import Place, Places
+from ._batch.outputs import Reducer, reducer
+from ._batch.scan import backward
+from ._batch.split import Part, Parts, split
+from ._sums import Accumulator, accumulator
 from ._types import DTypeLike, PyTree
+from ._xla.refs import is_batched
+from ._xla.varying import typed_like
 
-Losses: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
 
-
-def value_and_grad(
-    fun: Losses,
-    argnums: int | Sequence[int] = 0,
-    has_aux: bool = False,
+def microbatch(
+    fun: Callable[..., PyTree],
     *,
-    microbatch_size: int | None = None,
-    microbatches: int | None = None,
+    microbatch_size: int,
     batch_argnums: Places = 1,
     rng_argnums: Places = (),
-    weighted: bool = False,
-    reduction: Literal["mean", "sum"] = "mean",
-    aux: PyTree = "mean",
     accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
     unroll: int | bool = 1,
     in_place: bool = True,
-    reduce_axis: AxisNames | None = None,
-    mesh: MeshLike | None = None,
-    gather: When | None = None,
-    reduce: When | None = None,
-    param_specs: PyTree = None,
-) -> Callable[..., tuple[Any, PyTree]]:
-    r"""`jax.value_and_grad` of the whole batch, at the memory of one microbatch.
+) -> Callable[..., PyTree]:
+    """`fun` of a batch, computed one microbatch at a time: the same outputs.
 
-    The batch is divided into microbatches, whose gradients one scan adds up. For losses
-    :math:`\ell_i` that are means over :math:`n_i` rows, and for weighted ones, which
-    return a sum :math:`s_i` and a weight :math:`w_i`, value and gradient are those of
-
-    .. math:: \frac{\sum_i n_i \ell_i}{\sum_i n_i} \qquad\text{and}\qquad
-       \frac{\sum_i s_i}{\sum_i w_i},
-
-    which is what `jax.value_and_grad` gives for the whole batch at once, to rounding.
-    The backward passes add into the accumulator in place, so that no second gradient
-    exists. Microbatch i of k has the rows i, k + i, 2 k + i, ...: so no row leaves its
-    device if the batch is sharded over as many as divide `microbatch_size`. If
-    `microbatch_size` does not divide the batch, the last rows are a smaller microbatch,
-    which is compiled besides.
-
-    With a batch that is sharded over the devices of a mesh, XLA decides when gradients
-    are reduced, and that may be in every microbatch. With `reduce_axis` each device
-    adds up its own, in a `jax.shard_map`, and they are reduced once at the end: sums of
-    losses, weights and gradients, so that weights may differ by device. The loss then
-    sees a device's rows of a microbatch, and may name the axis itself. Within a
-    `shard_map` of one's own over the same axes it does the same; all rows, and
-    `microbatch_size`, are then the device's.
-
-    Jit what calls this, as with every `lax.scan`.
+    Nothing but arguments and outputs is stored. The backward pass computes each
+    microbatch again and adds its share of the parameters' gradient into one
+    accumulator. So a loss over the outputs of a whole batch, in which every example
+    sees every other (InfoNCE and other contrastive losses), has its exact gradient at
+    the memory of one microbatch, and of all outputs.
 
     Args:
-      fun: the loss function; a real floating-point scalar, the mean over the rows that
-        it is given. Or a sequence of loss functions of the same arguments: the values
-        (and aux) come as a tuple, the gradient is that of their sum, and only one of
-        them is alive in memory at a time.
-      argnums: the positions of the arguments to differentiate, as for
-        `jax.value_and_grad`. Leaves that are not floating-point numbers ride along, and
-        have None for a gradient.
-      has_aux: `fun` returns `(loss, aux)`. Static, as are all that follow.
-      microbatch_size: the rows of a microbatch. The last one may have fewer.
-      microbatches: the number of microbatches, which divides the rows. Exactly one of
-        the two.
-      batch_argnums: the position of the argument that holds the batch, or its name if
-        it is passed by keyword, or a tuple of those. All leaves of such an argument
-        have a row for each of the batch along the first axis. Other arguments go to
-        every microbatch as they are: for `loss_fn(params, x, y)` pass (1, 2).
-      rng_argnums: the same for PRNG keys, typed or raw, or trees of them. Microbatch i
-        gets `jax.random.fold_in(key, i)`, so that no two have the same dropout mask.
-      weighted: `fun` returns `(loss_sum, weight)`, with aux `((loss_sum, weight),
-        aux)`: the sum of its items' losses and their number, both () float. A
-        microbatch of weight 0 adds nothing, whatever its gradient is; if all are of
-        weight 0, value and gradient are 0, and with one that is negative or not finite
-        they are NaN. The weight is not differentiated. Of several losses each is
-        divided by its own weight, for which a scan computes the weights first.
-      reduction: "mean"; or "sum" for losses that are sums over their rows: nothing is
-        divided, also not by the weights.
-      aux: how to reduce the aux: a tree of "mean" (weighted as the loss is), "sum",
-        "last" (the last microbatch's), "stack" (along a new first axis) and "concat"
-        (one value a row, along the first axis and in the order of the batch) that is a
-        prefix of it. Integers take all but "mean". For several losses one for all, or a
-        tuple with one for each.
-      accumulator_dtype: the dtype that gradients are added in; None for their own. With
-        float64 parameters pass float64 or None.
-      unroll: as for `lax.scan`. True leaves no loop in the program, and still one
-        microbatch at a time in memory: choose it for convolutions on a CPU, whose
-        gradient XLA computes up to a hundred times slower within a loop (JAX issue
-        12868). With `weighted`, add `in_place=False`, which has no loop either.
-      in_place: False selects the twin that carries a gradient tree through the scan. In
-        float32 both agree to the bit, except for parameters that the loss uses more
-        than once, whose contributions are added one by one.
-      reduce_axis: the mesh axis over which rows are divided and gradients reduced once,
-        or a tuple of several; other axes are left as they are. Its devices divide the
-        rows and `microbatch_size`, which counts those of all. Keys are folded with the
-        device's index. Of the aux, "last" is the last device's and "stack" has the
-        microbatches of one device after those of another.
-      mesh: the mesh; that of `jax.set_mesh` by default.
-      gather: for parameters (what is differentiated) that are sharded over
-        `reduce_axis`, FSDP: whole ones are gathered for "each" microbatch or "once" for
-        the call. None if every device has all of them.
-      reduce: with `gather`, when gradients are reduced to a device's part: "each"
-        microbatch (the default) or "once". Where both are "each", XLA does both, layer
-        by layer: least memory, most traffic, and the loss sees the rows of all devices
-        as without `reduce_axis`. For the others each device has whole parameters, and
-        a whole gradient, for a while.
-      param_specs: with `gather`, the `PartitionSpec`s of what is differentiated, a
-        prefix of it (of several arguments, a tuple). Needed under jit with automatic
-        axes, where types do not say them.
+      fun: a function whose outputs are a tree of arrays with a row for each of the
+        batch along the first axis. It must treat each row for itself.
+      microbatch_size: the rows of a microbatch; the last one may have fewer. Static, as
+        are all that follow.
+      batch_argnums: the arguments that hold the batch; see `accumax.value_and_grad`.
+      rng_argnums: PRNG keys; microbatch i gets `jax.random.fold_in(key, i)`, the same
+        in both passes.
+      accumulator_dtype: the dtype that gradients of parameters are added in; None for
+        their own. With float64 parameters pass float64 or None.
+      unroll: as for `accumax.value_and_grad`: True for convolutions on a CPU.
+      in_place: False selects the twin that carries a gradient tree.
 
     Returns:
-      A function of the arguments of `fun` that returns `(value, gradient)`, with aux
-      `((value, aux), gradient)`, all of the dtypes that `jax.value_and_grad` gives. To
-      differentiate it again, pass `in_place=False`; several losses have no derivative
-      in reverse mode, because of their loops.
+      A function of the arguments of `fun`. It can be differentiated in reverse mode,
+      with respect to all its floating-point arguments, the batch too, and to what `fun`
+      closes over.
 
     Raises:
-      TypeError, ValueError: for the arguments above at once; at the call, before
-        anything is computed, if it does not fit them. The message names the argument.
-        Within a `shard_map` that checks types (check_vma), a loss that is reduced
-        already is one of these.
+      TypeError, ValueError: for the arguments above at once; at the call if it does not
+        fit them, or if an output does not have the rows of its microbatch.
 
-    >>> import accumax, jax
+    >>> import accumax, jax, optax
     >>> import jax.numpy as jnp
-    >>> def loss_fn(w, x):
-    ...     return jnp.mean((x @ w - 1) ** 2)
-    >>> w, x = jnp.zeros(3), jnp.arange(24.0).reshape(8, 3)
-    >>> f = jax.jit(accumax.value_and_grad(loss_fn, microbatch_size=3))  # 3, 3 and 2
-    >>> print(*f(w, x))
-    1.0 [-21. -23. -25.]
-    >>> print(*jax.value_and_grad(loss_fn)(w, x))
-    1.0 [-21. -23. -25.]
+    >>> embed = accumax.microbatch(lambda w, x: jnp.tanh(x @ w), microbatch_size=2)
+    >>> def loss_fn(w, x, y):
+    ...     scores = embed(w, x) @ embed(w, y).T  # each x with every y
+    ...     which = jnp.arange(len(x))
+    ...     losses = optax.softmax_cross_entropy_with_integer_labels(scores, which)
+    ...     return losses.mean()
+    >>> x = jnp.linspace(-1, 1, 24).reshape(8, 3)
+    >>> print(jax.jit(jax.grad(loss_fn))(jnp.eye(3), x, x).shape)
+    (3, 3)
 
     References:
-      `optax.microbatching` divides a batch as well; `tests/test_peers.py` names what
-      differs. Several losses: a scan over a switch of them is the only form that XLA
-      does not merge; here the branches are loops, which also pass their buffers on in
-      place.
+      Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited
+      Setup, arXiv 2101.06983 (GradCache).
     """
-    several = isinstance(fun, Sequence)
-    losses = tuple(fun) if several else (fun,)
-    carries = isinstance(fun, Carrying)
-    if not losses or not all(map(callable, losses)):
-        raise TypeError(
-            f"{fun=} must be a loss function, or a sequence of at least one."
-        )
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'{reduction=} must be "mean" or "sum".')
-    divide = split(microbatch_size, microbatches, batch_argnums, rng_argnums, unroll)
-    positions = check_argnums(argnums)
-    several_args = not hasattr(argnums, "__index__")
-    axes = check_axes(reduce_axis, mesh)
-    gathering = check_gather(axes, gather, reduce, param_specs)
-    accumulated = accumulator(reduction=reduction, dtype=accumulator_dtype)
-    loop = Loop(
-        losses=losses,
-        has_aux=has_aux,
-        weighted=weighted,
-        mean=reduction == "mean",
-        aux=_reduce.check_each(aux, losses) if several else [_reduce.check(aux)],
-        in_place=in_place,
-        axes=axes,
-        gather=gathering,
+    if not callable(fun):
+        raise TypeError(f"{fun=} must be a function that returns a row for each row.")
+    divide = split(microbatch_size, None, batch_argnums, rng_argnums, unroll)
+    accumulated = accumulator(reduction="sum", dtype=accumulator_dtype)
+
+    @functools.wraps(fun, updated=())
+    def microbatch_fun(*args: Any, **kwargs: Any) -> PyTree:
+        call = args, kwargs
+
+        def parts_of(arrays: PyTree) -> Parts:
+            return divide.parts(fun, (), *_tree.restore(arrays, call))
+
+        def pure(part: Part) -> tuple[Callable[..., PyTree], list[jax.Array]]:
+            """`fun` of arrays, and the arrays that it closes over."""
+
+            def of_arrays(arrays: PyTree) -> PyTree:
+                args, kwargs = _tree.restore(arrays, call)
+                out = fun(*args, **kwargs)
+                _check_rows(out, part.rows)
+                return out
+
+            return _convert(of_arrays, _arrays((part.args, part.kwargs)))
+
+        each = parts_of(_arrays(call)).each()
+        funs, closed = zip(*map(pure, each), strict=True)
+
+        def outputs(inputs: PyTree) -> PyTree:
+            return _outputs(funs, parts_of(inputs[0]), inputs[1])
+
+        def forward(primals: PyTree) -> tuple[PyTree, Any]:
+            # Of what is not differentiated, no gradient is computed.
+            wanted = jax.tree.map(lambda x: x.value if x.perturbed else None, primals)
+            others = jax.tree.map(lambda x: None if x.perturbed else x.value, primals)
+            return outputs(_tree.restore(wanted, others)), (wanted, others)
+
+        def backward(residuals: Any, cotangents: PyTree) -> tuple[PyTree]:
+            wanted, others = residuals
+            arrays, _ = _tree.restore(wanted, others)
+            return (
+                _gradient(
+                    funs,
+                    parts_of(arrays),
+                    wanted,
+                    others[1],
+                    cotangents,
+                    accumulated,
+                    in_place and not is_batched((residuals, cotangents)),
+                ),
+            )
+
+        differentiable = jax.custom_vjp(outputs)
+        differentiable.defvjp(forward, backward, symbolic_zeros=True)
+        return differentiable((_arrays(call), closed))
+
+    return microbatch_fun
+
+
+def _convert(
+    fun: Callable[[PyTree], PyTree], example: PyTree
+) -> tuple[Callable[..., PyTree], list[jax.Array]]:
+    """`fun` of `(arrays, *closed)`, and all the arrays that it closes over.
+
+    `jax.closure_convert` leaves out integers and keys, which `jax.custom_vjp` must not
+    close over either where it is in a scan, a checkpoint or a vmap.
+    """
+    jaxpr, shapes = jax.make_jaxpr(fun, return_shape=True)(example)
+    structure = jax.tree.structure(shapes)
+
+    def converted(arrays: PyTree, *closed: jax.Array) -> PyTree:
+        run = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, closed))
+        return structure.unflatten(run(*jax.tree.leaves(arrays)))
+
+    return converted, [jnp.asarray(x) for x in jaxpr.consts]
+
+
+def _outputs(funs: Sequence[Callable[..., PyTree]], parts: Parts, closed: Any) -> Any:
+    def run(part: Part) -> PyTree:
+        return funs[part.tail](_arrays((part.args, part.kwargs)), *closed[part.tail])
+
+    def body(sums: list[Any], part: Part) -> list[Any]:
+        return reducer.add(sums, run(part), part, 1.0)
+
+    reducer = _concatenated(run, parts)
+    return reducer.result(parts.scan(body, reducer.init()), 1.0)
+
+
+def _gradient(
+    funs: Sequence[Callable[..., PyTree]],
+    parts: Parts,
+    wanted: PyTree,
+    closed: Any,
+    cotangents: PyTree,
+    accumulated: Accumulator,
+    in_place: bool,
+) -> PyTree:
+    """The gradient of what is `wanted`: the call's arguments, and what is closed over.
+
+    All trees have None for what is not wanted; `closed` is the rest of its kind.
+    """
+    shared = _of_places(wanted[0], parts.places, False), wanted[1]
+    rows = _of_places(wanted[0], parts.places, True)
+    cut = parts.divide(jax.tree.map(_known, cotangents, is_leaf=_is_symbolic))
+
+    def body(carry: tuple[PyTree, list[Any]], part: Part) -> Any:
+        grads, given = carry
+        arrays, ct = _arrays((part.args, part.kwargs)), cut(part.index, part.tail)
+        here = _tree.masked(arrays, rows)
+
+        def product(live: PyTree) -> tuple[jax.Array, Any]:
+            # The gradient of <cotangent, outputs> is the cotangent's way back.
+            consts = _tree.restore(live[1], closed)[part.tail]
+            out = funs[part.tail](_tree.restore(live[0], arrays), *consts)
+            terms = jax.tree.map(
+                lambda c, x: None if c is None else _wide_sum(c * x),
+                ct,
+                out,
+                is_leaf=lambda c: c is None,
+            )
+            return sum(jax.tree.leaves(terms), jnp.zeros(())), (None, None)
+
+        def with_rows(tree: PyTree, here: PyTree) -> PyTree:
+            return _tree.restore(tree[0], here), tree[1]
+
+        live = with_rows(shared, here)
+        zeros = typed_like(_tree.minus_zeros_like(here), here)
+        sums = with_rows(grads, zeros)
+        _, sums = backward(product, live, sums, in_place=in_place)
+        given = reducer.add(given, _tree.masked(sums[0], rows), part, 1.0)
+        return _tree.masked(sums, shared), given
+
+    def rows_of(part: Part) -> PyTree:
+        return _tree.masked(_arrays((part.args, part.kwargs)), rows)
+
+    reducer = _concatenated(rows_of, parts)
+    grads = _tree.minus_zeros_like(accumulated.init(shared).grads)
+    grads = typed_like(grads, shared)
+    grads, given = parts.scan(body, (grads, reducer.init()))
+    grads = _tree.cast_like(grads, shared)
+    return _tree.restore(grads[0], reducer.result(given, 1.0)), grads[1]
+
+
+def _concatenated(fun: Callable[[Part], PyTree], parts: Parts) -> Reducer:
+    """For what `fun` gives for each microbatch, with one value a row."""
+
+    shapes = [jax.eval_shape(lambda part=part: fun(part)) for part in parts.each()]
+    return reducer("concat", shapes[0], shapes[-1], parts)
+
+
+def _check_rows(out: PyTree, rows: int) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(out):
+        if np.shape(x)[:1] != (rows,):
+            raise ValueError(
+                f"The output{jax.tree_util.keystr(path)} of the function is "
+                f"{_tree.describe(x)} for a microbatch of {rows} rows; expected one "
+                "value a row, along the first axis."
+            )
+
+
+def _wide_sum(x: jax.Array) -> jax.Array:
+    return jnp.sum(x).astype(_tree.wide(x.dtype))
+
+
+def _arrays(tree: PyTree) -> PyTree:
+    """The arrays of `tree`, None for what stays static, as Python numbers do."""
+
+    def array(x: Any) -> jax.Array | None:
+        return jnp.asarray(x) if isinstance(x, (jax.Array, np.ndarray)) else None
+
+    return jax.tree.map(array, tree)
+
+
+def _of_places(call: PyTree, places: frozenset[Place], inside: bool) -> PyTree:
+    """`call`, that is `(args, kwargs)`, with None for what is not inside `places`."""
+
+    def part(place: Place, tree: PyTree) -> PyTree:
+        return tree if (place in places) == inside else jax.tree.map(_none, tree)
+
+    args, kwargs = call
+    return (
+        tuple(part(n, x) for n, x in enumerate(args)),
+        {name: part(name, x) for name, x in kwargs.items()},
     )
-    _reduce.check_wanted(aux, has_aux)
-    seeded = reduction == "mean" and not weighted
-
-    def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        carried, args = (args[0], args[1:]) if carries else (None, args)
-        places = at(positions, args)
-        for n in places:
-            numerics.check_parameters(f"Argument {n}", args[n])
-            if jax.tree.leaves(args[n]) and not jax.tree.leaves(live_part(args[n])):
-                raise TypeError(
-                    f"Argument {n}, which is differentiated, holds no floating-point "
-                    f"number: {numerics.outline(args[n])}."
-                )
-        cuts = None
-        if gathering is not None:
-            specs = gathering.specs
-            each = (
-                specs if several_args and specs is not None else [specs] * len(places)
-            )
-            cuts = tuple(
-                gathering.cuts(args[n], x) for n, x in zip(places, each, strict=True)
-            )
-            if gathering.automatic:
-                return run(loop.on_one, divide, places, cuts, carried, args, kwargs)
-        if axes is None or axes.inside:
-            return run(loop, divide, places, cuts, carried, args, kwargs)
-        for n in places if cuts is None else ():
-            axes.check_whole(f"Argument {n}", args[n])
-        # Numbers as arrays, which have a type that says where they are.
-        live = {n: numerics.restore(live_part(args[n]), args[n]) for n in places}
-        args = tuple(live.get(n, x) for n, x in enumerate(args))
-        own, by_place, named = divide.over(axes, losses[0], args, kwargs)
-        grads = PartitionSpec()
-        if cuts is not None:
-            by_place = list(by_place)
-            for n, cut in zip(places, cuts, strict=True):
-                by_place[n] = specs_of(cut, args[n])
-            grads = tuple(map(specs_of, cuts))
-            grads = grads if several_args else grads[0]
-        return axes.map(
-            functools.partial(run, loop, own, places, cuts),
-            (carried, args, kwargs),
-            (PartitionSpec(), tuple(by_place), named),
-            out_specs(axes, grads),
-        )
-
-    def run(
-        loop: Loop,
-        divide: Split,
-        places: tuple[int, ...],
-        cuts: tuple[PyTree, ...] | None,
-        carried: PyTree,
-        args: tuple,
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, PyTree]:
-        parts = divide.parts(losses[0], places, args, kwargs, loop.axes)
-        live = tuple(live_part(args[n]) for n in places)
-        out = loop.run(
-            args,
-            places,
-            parts,
-            placed(loop.zeros(accumulated, live, cuts), cuts),
-            seed=lambda rows: rows / parts.unit if seeded else 1.0,
-            # One that cannot be is not refused: there is no state to count it in.
-            counted=lambda weight: jnp.where(usable(weight), weight, jnp.nan),
-            carried=carried,
-            cuts=cuts,
-        )
-        sums = placed(loop.total(out.grads, cuts), cuts)
-        grads, _ = accumulated.result(Sums(sums, out.weight, {}))
-        grads = numerics.cast_like(grads, live)
-
-        values = tuple(loss.value for loss in out.losses)
-        auxs = tuple(loss.aux for loss in out.losses)
-        value, aux = (values, auxs) if several else (values[0], auxs[0])
-        result = (
-            (value, aux) if has_aux else value,
-            grads if several_args else grads[0],
-        )
-        return (out.carried, result) if carries else result
-
-    def placed(sums: PyTree, cuts: PyTree) -> PyTree:
-        if gathering is None or not gathering.automatic:
-            return sums
-        return gathering.placed(sums, cuts)
-
-    def out_specs(axes: Axes, grads: PyTree) -> Any:
-        everywhere = PartitionSpec()
-        each = tuple(_reduce.specs(how, axes) for how in loop.aux)
-        value = (everywhere, each if several else each[0]) if has_aux else everywhere
-        return (everywhere, (value, grads)) if carries else (value, grads)
-
-    return functools.wraps(losses[0], updated=())(value_and_grad_fun)
 
 
-def grad(
-    fun: Losses,
-    argnums: int | Sequence[int] = 0,
-    has_aux: bool = False,
-    **options: Any,
-) -> Callable[..., PyTree]:
-    """`jax.grad` of the whole batch, at the memory of one microbatch.
+def _none(_: Any) -> None:
+    return None
 
-    Args:
-      fun, argnums, has_aux, **options: as for `accumax.value_and_grad`.
 
-    Returns:
-      A function that returns the gradient; with `has_aux`, `(gradient, aux)`.
+def _is_symbolic(x: Any) -> bool:
+    return isinstance(x, SymbolicZero)
 
-    >>> import accumax, jax
-    >>> import jax.numpy as jnp
-    >>> f = accumax.grad(lambda w, x: jnp.mean(w * x), microbatches=2)
-    >>> print(jax.jit(f)(1.0, jnp.arange(4.0)))
-    1.5
-    """
-    both = value_and_grad(fun, argnums, has_aux, **options)
 
-    @functools.wraps(both, updated=())
-    def grad_fun(*args: Any, **kwargs: Any) -> PyTree:
-        value, grads = both(*args, **kwargs)
-        return (grads, value[1]) if has_aux else grads
-
-    return grad_fun
+def _known(ct: Any) -> jax.Array | None:
+    """A cotangent; None for one that is zero, as those of integers are."""
+    return ct if not _is_symbolic(ct) and _tree.is_differentiable(ct) else None

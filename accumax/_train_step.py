@@ -9,19 +9,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _numerics as numerics
-from . import _reduce
-from ._arguments import Places, check_flush, parameters, takes_any_keyword
-from ._backward import Backward, at_once, by_microbatch
-from ._devices import Axes, AxisNames, MeshLike, check_axes
-from ._gather import When, check_gather
-from ._inner import OF_OPTAX
-from ._loop import Loop
-from ._loss import Carrying
-from ._split import split
-from ._state import AccumulateState, gradient_of
+from . import _tree
+from ._batch.arguments import Places, parameters, takes_any_keyword
+from ._batch.gradient import Backward, at_once, by_microbatch
+from ._batch.loss import Carrying
+from ._batch.outputs import check_aux_wanted, check_reductions
+from ._batch.scan import Loop
+from ._batch.split import split
+from ._devices.replicated import Axes, AxisNames, MeshLike, check_axes
+from ._devices.sharded import When, check_gather
 from ._types import ArrayLike, PyTree
-from ._window import Window, window_of
+from ._window.checks import check_flush
+from ._window.inner import OF_OPTAX
+from ._window.state import AccumulateState, gradient_of
+from ._window.window import Window, window_of
 
 
 def apply_gradients(
@@ -211,12 +212,12 @@ def train_step(
             has_aux=has_aux,
             weighted=weighted,
             mean=weighted or accumulator.reduction == "mean",
-            aux=[_reduce.check(aux)],
+            aux=[check_reductions(aux)],
             in_place=in_place,
             axes=axes,
             gather=gathered,
         )
-        _reduce.check_wanted(aux, has_aux)
+        check_aux_wanted(aux, has_aux)
         count = 1 if microbatch_size is None else None
         divide = split(microbatch_size, count, batch_argnums, rng_argnums)
 
@@ -254,11 +255,11 @@ def train_step(
                 "before, with functools.partial(loss_fn, ...)."
             )
         model, fun = gradient_of(params), loss_fn
-        live = numerics.differentiable(model)
+        live = _tree.differentiable(model)
         if not carries and _leaves(live) != _leaves(opt_state.acc_grads):
             # The state was made from a part of an Equinox module: the rest is fixed.
             fun = _of_part(loss_fn, model)
-            model = numerics.trained(model, opt_state.acc_grads)
+            model = _tree.trained(model, opt_state.acc_grads)
         backward = backward_of(fun)
         first, sums = opt_state.mini_step == 0, window.sums(opt_state)
         if carried or weight is not None:
@@ -293,7 +294,7 @@ def _of_part(loss_fn: Callable[..., Any], whole: PyTree) -> Callable[..., Any]:
 
     @functools.wraps(loss_fn)
     def fun(part: PyTree, *args: Any) -> Any:
-        return loss_fn(numerics.restore(part, whole), *args)
+        return loss_fn(_tree.restore(part, whole), *args)
 
     return fun
 

@@ -11,17 +11,18 @@ from flax.core import FrozenDict, freeze
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from . import _loss, _statistics
-from . import _numerics as numerics
+from . import _tree
 from ._accumulate import accumulating, flush
-from ._arguments import Places, check_names, check_no_key, check_places
-from ._ema import ema as ema
-from ._handing import Given, Handing
-from ._split import fold_in
-from ._state import AccumulateState, accepted
+from ._batch.arguments import Places, check_names, check_no_key, check_places
+from ._batch.loss import read_loss, split_aux
+from ._batch.split import fold_in
+from ._flax import statistics as running
+from ._flax.average import ema as ema
+from ._flax.loss import Given, Handing
 from ._train_step import apply_gradients
 from ._train_step import train_step as core_step
 from ._types import ArrayLike, PyTree, Schedule
+from ._window.state import AccumulateState, accepted
 
 STATISTICS = "batch_stats"  # Flax's name for the collection of running statistics
 
@@ -99,13 +100,13 @@ class TrainState(train_state.TrainState):
         tx = accumulating(tx, every, "linen.TrainState")
         pool, momenta = None, ()
         if STATISTICS in kwargs:
-            momenta = _statistics.check_momenta(
+            momenta = running.check_momenta(
                 kwargs[STATISTICS],
-                functools.partial(_statistics.lookup, momentum),
+                functools.partial(running.lookup, momentum),
                 f"{STATISTICS}, which came with {momentum=},",
                 'Pass momentum=..., for several layers {"name": momentum, ...}',
             )
-            pool = _statistics.begin(kwargs[STATISTICS])
+            pool = running.begin(kwargs[STATISTICS])
         elif momentum is not None:
             raise ValueError(
                 f"{momentum=} is for running statistics, and there are none. Pass "
@@ -281,8 +282,8 @@ class TrainState(train_state.TrainState):
                 here |= others | ({STATISTICS: given.statistics} if pooled else {})
                 out = loss_fn(*args, **kwargs, **here)
                 form = has_aux or bool(kept)
-                loss = _loss.read(out, has_aux=form, weighted=weighted)
-                new, aux = _loss.split_aux(loss.aux, kept, has_aux)
+                loss = read_loss(out, has_aux=form, weighted=weighted)
+                new, aux = split_aux(loss.aux, kept, has_aux)
                 others = {name: new[name] for name in others}
                 loss = loss._replace(aux=aux)
                 statistics_ = _like(new[STATISTICS], statistics) if pooled else {}
@@ -337,7 +338,7 @@ class TrainState(train_state.TrainState):
             )
         own = getattr(self, STATISTICS)
         statistics = _like(statistics, own)
-        numerics.check_same(STATISTICS, statistics, own)
+        _tree.check_same(STATISTICS, statistics, own)
         return statistics
 
     def _after(
@@ -355,7 +356,7 @@ class TrainState(train_state.TrainState):
         if _has_overwritten(self.params):
             params = {**self.params, "params": params, **(overwritten or {})}
         if self.pool is not None:
-            kwargs["pool"], kwargs[STATISTICS] = _statistics.after_call(
+            kwargs["pool"], kwargs[STATISTICS] = running.after_call(
                 self.pool,
                 getattr(self, STATISTICS),
                 self.momentum,

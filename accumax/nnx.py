@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from . import _loss, _microbatch, _statistics, _train_step
-from . import _numerics as numerics
+from . import _train_step, _tree, _value_and_grad
 from ._accumulate import accumulating, flush
-from ._arguments import Place, Places, at, check_argnums, check_places
-from ._ema import ema as ema
-from ._handing import Given, Handing
-from ._state import AccumulateState, accepted
+from ._batch.arguments import Place, Places, at, check_argnums, check_places
+from ._batch.loss import read_loss
+from ._flax import statistics as running
+from ._flax.average import ema as ema
+from ._flax.loss import Given, Handing
 from ._types import ArrayLike, PyTree, Schedule
+from ._window.state import AccumulateState, accepted
 
 
 class Optimizer(nnx.Optimizer):
@@ -75,7 +76,7 @@ class Optimizer(nnx.Optimizer):
         _momenta(model, statistics)
         super().__init__(model, tx, wrt=wrt)
         self.microstep = nnx.OptState(jnp.zeros((), jnp.uint32))
-        pool = _statistics.begin(statistics) if jax.tree.leaves(statistics) else None
+        pool = running.begin(statistics) if jax.tree.leaves(statistics) else None
         self.pool = nnx.data(jax.tree.map(nnx.OptArray, pool))
 
     def update(
@@ -128,7 +129,7 @@ class Optimizer(nnx.Optimizer):
         before, count = nnx.as_pure(self.opt_state), optax.safe_increment
         if self.pool is not None:
             new = nnx.as_pure(nnx.state(model, nnx.BatchStat))
-            pool, statistics = _statistics.after_call(
+            pool, statistics = running.after_call(
                 nnx.as_pure(self.pool),
                 new if rows is None else base,
                 _momenta(model, new),
@@ -199,7 +200,7 @@ def train_step(
         base = nnx.as_pure(nnx.state(model, nnx.BatchStat))
         if optimizer.pool is not None:
             found = nnx.as_pure(optimizer.pool).found
-            numerics.check_same("BatchStat of the model", base, found)
+            _tree.check_same("BatchStat of the model", base, found)
         modules = _Modules((model, *args), {}, {0: optimizer.wrt})
         handing = modules.handing(loss_fn, has_aux, weighted)
         carrying, first = handing.carrying(loss_fn, places)
@@ -270,7 +271,7 @@ def value_and_grad(
     ]
     positions = check_argnums([x.argnum for x in states])
     core = functools.partial(
-        _microbatch.value_and_grad,
+        _value_and_grad.value_and_grad,
         has_aux=has_aux,
         weighted=weighted,
         batch_argnums=batch_argnums,
@@ -339,9 +340,9 @@ class _Modules:
             graphdef, *_, statistics, rest = nnx.split(
                 nodes, *self.filters, nnx.BatchStat, ...
             )
-            loss = _loss.read(out, has_aux=has_aux, weighted=weighted)
+            loss = read_loss(out, has_aux=has_aux, weighted=weighted)
             statistics, rest = nnx.as_pure(statistics), nnx.as_pure(rest)
-            numerics.check_same("state of the modules", rest, self.rest)
+            _tree.check_same("state of the modules", rest, self.rest)
             if graphdef != self.graphdef:
                 raise ValueError(
                     "The loss changed a static attribute of a module, as eval() does, "
@@ -385,7 +386,7 @@ def _check_some(state: Any, module: Any, wrt: Any) -> None:
 
 def _momenta(nodes: Any, statistics: PyTree) -> tuple[float, ...]:
     """What the modules of the running statistics have for a momentum."""
-    if not _statistics.pairs(statistics):
+    if not running.pairs(statistics):
         return ()  # without a walk through the whole model
     modules = {tuple(map(str, path)): x for path, x in nnx.iter_graph(nodes)}
     remedy = "Give that module an attribute `momentum`, as nnx.BatchNorm has"
@@ -393,7 +394,7 @@ def _momenta(nodes: Any, statistics: PyTree) -> tuple[float, ...]:
     def momentum(path: tuple[str, ...]) -> Any:
         return getattr(modules.get(path), "momentum", None)
 
-    return _statistics.check_momenta(statistics, momentum, "The model", remedy)
+    return running.check_momenta(statistics, momentum, "The model", remedy)
 
 
 def _write(variables: PyTree, values: PyTree) -> None:

@@ -1,6 +1,7 @@
-"""The rooms and their doors: the table is the architecture diagram."""
+"""The wings of the house and the arrows between them: the table is the diagram."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -11,187 +12,76 @@ import accumax
 
 PACKAGE = pathlib.Path(accumax.__file__).parent
 
-# A room may import those that are listed. Arrows go one way: _types -> _numerics ->
-# _jaxprs, _shardings -> _devices -> _accumulator, _gather, _inplace, _loss, _arguments
-# -> _split, _inner -> _reduce -> _window, _loop -> the public forms -> _statistics,
-# _handing -> Flax.
-ALLOWED = {
+# A wing is a folder, or a file of its own. It may import those that are listed; arrows
+# go one way: from the doors to _batch and _window, to _devices, to _xla and _sums, to
+# _tree, to _types.
+LEAST = "_tree", "_types"
+ARROWS = {
     "_types": set(),
-    "_numerics": {"_types"},
-    "_jaxprs": {"_types"},
-    "_shardings": {"_types"},
-    "_devices": {"_types", "_numerics", "_shardings"},
-    "_gather": {"_types", "_numerics", "_shardings", "_devices"},
-    "_accumulator": {"_types", "_numerics"},
-    "_inplace": {"_types", "_numerics", "_jaxprs", "_shardings"},
-    "_loss": {"_numerics", "_accumulator"},
-    "_arguments": {"_types", "_numerics"},
-    "_inner": {"_types", "_numerics", "_arguments"},
-    "_split": {
-        "_types",
-        "_numerics",
-        "_shardings",
-        "_devices",
-        "_inplace",
-        "_arguments",
-    },
-    "_reduce": {"_types", "_numerics", "_shardings", "_devices", "_split"},
-    "_state": {"_types"},
-    "_window": {
-        "_types",
-        "_numerics",
-        "_devices",
-        "_accumulator",
-        "_inplace",
-        "_arguments",
-        "_inner",
-        "_state",
-    },
-    "_loop": {
-        "_types",
-        "_numerics",
-        "_jaxprs",
-        "_shardings",
-        "_devices",
-        "_gather",
-        "_accumulator",
-        "_inplace",
-        "_loss",
-        "_split",
-        "_reduce",
-    },
-    "_accumulate": {
-        "_types",
-        "_devices",
-        "_accumulator",
-        "_arguments",
-        "_inner",
-        "_state",
-        "_window",
-    },
-    "_microbatch": {
-        "_types",
-        "_numerics",
-        "_devices",
-        "_gather",
-        "_accumulator",
-        "_loss",
-        "_arguments",
-        "_split",
-        "_reduce",
-        "_loop",
-    },
-    "_recompute": {
-        "_types",
-        "_numerics",
-        "_inplace",
-        "_shardings",
-        "_accumulator",
-        "_arguments",
-        "_split",
-        "_reduce",
-        "_loop",
-    },
-    "_backward": {
-        "_types",
-        "_numerics",
-        "_devices",
-        "_gather",
-        "_accumulator",
-        "_inplace",
-        "_loss",
-        "_split",
-        "_reduce",
-        "_loop",
-    },
-    "_train_step": {
-        "_types",
-        "_numerics",
-        "_devices",
-        "_gather",
-        "_loss",
-        "_arguments",
-        "_inner",
-        "_split",
-        "_reduce",
-        "_state",
-        "_window",
-        "_loop",
-        "_backward",
-    },
-    "_ema": {"_types", "_numerics", "_inplace", "_accumulate"},
-    "_statistics": {"_types", "_numerics", "_devices", "_state"},
-    "_handing": {
-        "_types",
-        "_numerics",
-        "_devices",
-        "_loss",
-        "_arguments",
-        "_split",
-        "_statistics",
-    },
-    "linen": {
-        "_types",
-        "_numerics",
-        "_loss",
-        "_arguments",
-        "_split",
-        "_state",
-        "_accumulate",
-        "_train_step",
-        "_ema",
-        "_statistics",
-        "_handing",
-    },
+    "_tree": {"_types"},
+    "_sums": {*LEAST},
+    "_xla": {*LEAST},
+    "_devices": {"_xla", *LEAST},
+    "_batch": {"_devices", "_xla", "_sums", *LEAST},
+    "_window": {"_devices", "_xla", "_sums", *LEAST},
+    "_accumulate": {"_window", "_devices", "_sums", "_types"},
+    "_train_step": {"_batch", "_window", "_devices", *LEAST},
+    "_value_and_grad": {"_batch", "_devices", "_sums", *LEAST},
+    "_microbatch": {"_batch", "_xla", "_sums", *LEAST},
+    "_flax": {"_accumulate", "_batch", "_window", "_devices", "_xla", *LEAST},
+    "linen": {"_accumulate", "_train_step", "_flax", "_batch", "_window", *LEAST},
     "nnx": {
-        "_types",
-        "_numerics",
-        "_loss",
-        "_arguments",
-        "_state",
-        "_accumulate",
-        "_microbatch",
-        "_train_step",
-        "_ema",
-        "_statistics",
-        "_handing",
+        *("_accumulate", "_train_step", "_value_and_grad", "_flax", "_batch"),
+        *("_window", *LEAST),
     },
-    "__init__": {"_state", "_accumulate", "_microbatch", "_recompute", "_train_step"},
+    "__init__": {
+        *("_accumulate", "_train_step", "_value_and_grad", "_microbatch", "_window"),
+    },
 }
 # What a room may import from outside. Flax is for accumax.linen and accumax.nnx alone.
 OUTSIDE = {"jax", "optax", "numpy", *sys.stdlib_module_names}
 
 
-def _imports(path: pathlib.Path) -> tuple[set[str], set[str]]:
-    rooms, outside = set(), set()
+def _files() -> dict[pathlib.Path, tuple[str, ...]]:
+    found = {path: path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    return {path: x.with_suffix("").parts for path, x in found.items()}
+
+
+def _imports(path: pathlib.Path, parts: tuple[str, ...]) -> tuple[set[str], set[str]]:
+    """The wings that a file imports, its own left out, and what is outside."""
+    wings, outside = set(), set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            names = [node.module] if node.module else [a.name for a in node.names]
-            rooms |= set(names)
+            above = parts[: len(parts) - node.level]
+            named = node.module.split(".") if node.module else []
+            within = [*above, *named]
+            wings |= {within[0]} if within else {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             outside.add(node.module)
         elif isinstance(node, ast.Import):
             outside |= {alias.name for alias in node.names}
-    return rooms, {name.split(".")[0] for name in outside if name}
+    return wings - {parts[0]}, {name.split(".")[0] for name in outside if name}
 
 
 def test_arrows_go_one_way():
-    files = {path.stem: path for path in PACKAGE.glob("*.py")}
-    assert files.keys() == ALLOWED.keys()
-    for name, path in files.items():
-        rooms, outside = _imports(path)
-        assert rooms == ALLOWED[name], name
-        flax = {"flax"} if name in ("linen", "nnx") else set()
-        assert outside <= OUTSIDE | flax, name
+    found = {}
+    for path, parts in _files().items():
+        wings, outside = _imports(path, parts)
+        found.setdefault(parts[0], set()).update(wings)
+        flax = {"flax"} if parts[0] in ("linen", "nnx") else set()
+        assert outside <= OUTSIDE | flax, path
+    assert found == ARROWS
+    order = graphlib.TopologicalSorter(found)
+    assert {*order.static_order()} == found.keys()  # a CycleError if they do not
 
 
 def test_no_room_is_too_large():
-    for path in PACKAGE.glob("*.py"):
+    for path in _files():
         assert len(path.read_text().splitlines()) <= 400, path.name
 
 
 def test_no_private_jax_name():
-    for path in PACKAGE.glob("*.py"):
+    for path in _files():
         assert "_src" not in path.read_text(), path.name
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from accumax import _loss
+from accumax._batch.loss import read_loss
 
 LOSS = jnp.float32(6.0)
 
@@ -20,14 +20,14 @@ LOSS = jnp.float32(6.0)
     ],
 )
 def test_every_form_of_a_loss(out, has_aux, weighted, mean, aux):
-    loss = _loss.read(out, has_aux=has_aux, weighted=weighted)
+    loss = read_loss(out, has_aux=has_aux, weighted=weighted)
     assert loss.mean() == mean
     assert loss.aux == aux
     assert (loss.weight is not None) == weighted
 
 
 def test_the_mean_keeps_the_dtype_of_the_loss():
-    loss = _loss.read((jnp.bfloat16(3), 2), has_aux=False, weighted=True)
+    loss = read_loss((jnp.bfloat16(3), 2), has_aux=False, weighted=True)
     assert loss.mean().dtype == jnp.bfloat16
 
 
@@ -48,14 +48,14 @@ def test_the_mean_keeps_the_dtype_of_the_loss():
 )
 def test_another_form_is_an_error_that_says_what_came(out, has_aux, weighted, words):
     with pytest.raises(TypeError) as caught:
-        _loss.read(out, has_aux=has_aux, weighted=weighted)
+        read_loss(out, has_aux=has_aux, weighted=weighted)
     for word in words:
         assert word in str(caught.value)
 
 
 def test_a_traced_weight_that_is_wrong_is_no_error_but_shows():
     def mean(weight):
-        return _loss.read((LOSS, weight), has_aux=False, weighted=True).mean()
+        return read_loss((LOSS, weight), has_aux=False, weighted=True).mean()
 
     assert jax.jit(mean)(np.float32(-1)) == -LOSS
     assert np.isnan(jax.jit(mean)(np.float32(np.nan)))
@@ -63,4 +63,4 @@ def test_a_traced_weight_that_is_wrong_is_no_error_but_shows():
 
 def test_the_number_of_items_may_be_too_large_for_the_dtype_of_the_loss():
     out = jnp.float16(7e3), jnp.float32(7e4)
-    assert _loss.read(out, has_aux=False, weighted=True).mean() == jnp.float16(0.1)
+    assert read_loss(out, has_aux=False, weighted=True).mean() == jnp.float16(0.1)

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from accumax import _reduce
-from accumax._split import split
+from accumax._batch.outputs import reducer
+from accumax._batch.split import split
 
 
 def parts_of(rows, **options):
@@ -27,11 +27,11 @@ def test_every_row_is_in_one_microbatch_and_comes_back_to_its_place(rows, size):
 
     row = jax.ShapeDtypeStruct((parts.size,), jnp.int32)
     rest = jax.ShapeDtypeStruct((parts.tail,), jnp.int32)
-    reducer = _reduce.reducer("concat", row, rest, parts)
-    sums = reducer.init()
+    rows_of = reducer("concat", row, rest, parts)
+    sums = rows_of.init()
     for part in each:
-        sums = reducer.add(sums, part.args[0], part, 1.0)
-    np.testing.assert_array_equal(reducer.result(sums, 1.0), range(rows))
+        sums = rows_of.add(sums, part.args[0], part, 1.0)
+    np.testing.assert_array_equal(rows_of.result(sums, 1.0), range(rows))
 
 
 @given(count=st.integers(1, 12), size=st.integers(1, 12))

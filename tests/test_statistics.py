@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import accumax
-from accumax import _statistics as statistics
-from accumax._state import AccumulateState
+from accumax._flax import statistics
+from accumax._window.state import AccumulateState
 
 START = {"norm": {"mean": np.array([3.0, -1.0]), "var": np.array([2.0, 0.5])}}
 

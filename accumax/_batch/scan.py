@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import _loss, _reduce
-from . import _numerics as numerics
-from ._accumulator import Accumulator, Sums, accumulator
-from ._devices import Axes
-from ._gather import Gather
-from ._inplace import add_backward, at_most_once, is_batched
-from ._jaxprs import exchanges
-from ._loss import Carrying, Loss
-from ._shardings import fitted, typed_like
-from ._split import Part, Parts
-from ._types import ArrayLike, PyTree
+from .. import _tree
+from .._devices.replicated import Axes
+from .._devices.sharded import Gather
+from .._sums import Accumulator, Sums, accumulator
+from .._types import ArrayLike, PyTree
+from .._xla.jaxprs import exchanges
+from .._xla.loops import at_most_once
+from .._xla.refs import add_backward, is_batched
+from .._xla.varying import fitted, typed_like
+from .loss import Carrying, Loss, read_loss
+from .outputs import check_aux_leaves, reducer
+from .split import Part, Parts
 
 _TREES = accumulator()  # of trees that are sums already, in whatever dtype these have
 
@@ -49,7 +50,7 @@ class Loop:
 
     Attributes:
       losses: the loss functions, all of the same arguments.
-      has_aux, weighted: what the losses return; see `_loss.read`.
+      has_aux, weighted: what the losses return; see `read_loss`.
       mean: whether a loss is divided by its weights, or its microbatches, in the end.
       aux: the reductions of each loss's aux.
       in_place: false selects the twin that carries the gradient tree.
@@ -75,7 +76,7 @@ class Loop:
     def zeros(self, accumulated: Accumulator, live: PyTree, cuts: PyTree) -> PyTree:
         """-0.0 to add the gradients of one call in; `cuts` as for `run`."""
         if self.gather is None:
-            return numerics.minus_zeros_like(accumulated.init(live).grads)
+            return _tree.minus_zeros_like(accumulated.init(live).grads)
         shapes = jax.eval_shape(accumulated.init, live).grads
         return self.gather.zeros(shapes, cuts)
 
@@ -124,7 +125,7 @@ class Loop:
             live = self.gather.whole(live, divided)
         sums = typed_like(dict(zip(argnums, grads, strict=True)), live)
         given, carried = (None, None) if carried is None else carried
-        first = carried = jax.tree.map(numerics.strong, carried)
+        first = carried = jax.tree.map(_tree.strong, carried)
         loss = self.losses[0]
         if self.axes is not None and isinstance(loss, Carrying):
             given, carried = loss.begin(self.axes, given, carried)
@@ -221,7 +222,7 @@ class _Term:
             loop.axes.check_own("The loss", self.shape.value)
             if loop.weighted:
                 self._agree(loop.axes, parts.each())
-        self.reducer = _reduce.reducer(aux, shapes[0].aux, shapes[-1].aux, parts)
+        self.reducer = reducer(aux, shapes[0].aux, shapes[-1].aux, parts)
 
     def read(
         self, live: dict[int, PyTree], part: Part, carried: PyTree
@@ -229,16 +230,16 @@ class _Term:
         """The loss of a microbatch, and what it hands on."""
         loop, args = self.loop, list(part.args)
         for n, x in live.items():
-            args[n] = numerics.restore(x, args[n])
+            args[n] = _tree.restore(x, args[n])
         if not loop.carries:
             out = self.fun(*args, **part.kwargs)
-            loss = _loss.read(out, has_aux=loop.has_aux, weighted=loop.weighted)
-            _reduce.check_leaves(loss.aux)
+            loss = read_loss(out, has_aux=loop.has_aux, weighted=loop.weighted)
+            check_aux_leaves(loss.aux)
             return loss, None
         out = self.fun((self.given, carried), *args, **part.kwargs)
-        loss = _loss.read(out, has_aux=True, weighted=loop.weighted)
+        loss = read_loss(out, has_aux=True, weighted=loop.weighted)
         new, aux = loss.aux
-        return loss._replace(aux=aux), numerics.cast_like(new, carried)
+        return loss._replace(aux=aux), _tree.cast_like(new, carried)
 
     def _agree(self, axes: Axes, parts: list[Part]) -> None:
         """Sees to it that no device leaves out what another one waits for.
@@ -274,7 +275,7 @@ class _Term:
         return gather.whole(self.live, self.cuts, part.index)
 
     def begin(self) -> _Seen:
-        dtype = numerics.wide(self.shape.value.dtype)
+        dtype = _tree.wide(self.shape.value.dtype)
         zero = jnp.zeros((), float)
         return _Seen(jnp.zeros((), dtype), zero, jnp.bool_(False), self.reducer.init())
 
@@ -364,7 +365,7 @@ def _normalise(terms: list[_Term], parts: Parts, axes: Axes | None) -> jax.Array
 
 def live_part(tree: PyTree) -> PyTree:
     """What a derivative with respect to `tree` is taken of."""
-    return jax.tree.map(numerics.strong, numerics.differentiable(tree))
+    return jax.tree.map(_tree.strong, _tree.differentiable(tree))
 
 
 def backward(

@@ -1,7 +1,6 @@
 """Which arguments of a call are rows, keys and differentiated, and whether they fit."""
 
 import inspect
-import math
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import _numerics as numerics
-from ._types import ArrayLike, PyTree
+from .. import _tree
+from .._types import PyTree
 
 # Where a call has an argument: a position, or a keyword. As users write it.
 Place: TypeAlias = int | str
@@ -121,14 +120,14 @@ def check_rows(batches: dict[Place, PyTree]) -> int:
             leaf = f"leaf {jax.tree_util.keystr(path)} of " if path else ""
             where = f"{leaf}batch argument {place!r}"
             text = getattr(getattr(x, "dtype", None), "kind", "") in tuple("OSUMm")
-            if text or numerics.dtype_of(x) is None:
+            if text or _tree.dtype_of(x) is None:
                 raise TypeError(
                     f"{where} is {x!r}; expected an array with the rows of the batch "
                     "along its first axis."
                 )
             if not np.shape(x):
                 raise ValueError(
-                    f"{where} is a scalar, {numerics.describe(x)}; expected an array "
+                    f"{where} is a scalar, {_tree.describe(x)}; expected an array "
                     "with the rows of the batch along its first axis. Pass what is the "
                     "same for all rows in an argument that batch_argnums does not name."
                 )
@@ -166,7 +165,7 @@ def rows_of(
 
 
 def _is_key(x: Any) -> bool:
-    dtype = numerics.dtype_of(x)
+    dtype = _tree.dtype_of(x)
     typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     return typed and np.shape(x) == ()
 
@@ -188,9 +187,9 @@ def check_no_key(place: Place, tree: PyTree) -> None:
             raise ValueError(
                 f"{where} is a PRNG key that rng_argnums does not name: {remedy}"
             )
-        if numerics.dtype_of(x) == jnp.uint32 and np.shape(x) in ((2,), (4,)):
+        if _tree.dtype_of(x) == jnp.uint32 and np.shape(x) in ((2,), (4,)):
             warnings.warn(
-                f"{where} is {numerics.describe(x)}, as keys of jax.random.PRNGKey "
+                f"{where} is {_tree.describe(x)}, as keys of jax.random.PRNGKey "
                 f"are. If it is one, {remedy}",
                 stacklevel=2,
             )
@@ -199,10 +198,10 @@ def check_no_key(place: Place, tree: PyTree) -> None:
 def check_keys(place: Place, keys: PyTree) -> None:
     leaves = jax.tree.leaves(keys)
     for key in leaves or [None]:
-        raw = numerics.dtype_of(key) == jnp.uint32 and np.ndim(key) == 1
+        raw = _tree.dtype_of(key) == jnp.uint32 and np.ndim(key) == 1
         if not _is_key(key) and not raw:
             raise TypeError(
-                f"rng_argnums names argument {place!r}, where {numerics.describe(key)} "
+                f"rng_argnums names argument {place!r}, where {_tree.describe(key)} "
                 "came; expected one PRNG key, such as jax.random.key(0), or a tree of "
                 "them. An array of keys, one a row, belongs in batch_argnums."
             )
@@ -238,73 +237,3 @@ def find(
             )
         found.add(at)
     return found
-
-
-def check_flush(flush: Any) -> ArrayLike:
-    if numerics.dtype_of(flush) != jnp.bool_ or jnp.shape(flush) != ():
-        raise TypeError(
-            f"flush is {numerics.describe(flush)}; expected a scalar bool: whether to "
-            "close the window with this call."
-        )
-    return flush
-
-
-def check_length(length: Any) -> ArrayLike:
-    dtype = numerics.dtype_of(length)
-    if (
-        dtype is None
-        or jnp.shape(length) != ()
-        or not (
-            jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
-        )
-    ):
-        raise TypeError(
-            f"every gives {numerics.describe(length)} for a window's length; expected "
-            "a scalar integer of at least 1."
-        )
-    known = numerics.concrete(length)
-    if known is not None and not (known >= 1 and known == math.floor(known)):
-        raise ValueError(
-            f"every gives {known} for a window's length; expected an integer of at "
-            "least 1."
-        )
-    return length
-
-
-def is_near(name: str, known: str) -> bool:
-    """Whether `name` may be `known` misspelt: in its case, or in up to two letters."""
-    name, known = name.lower(), known.lower()
-    if name == known:
-        return True
-    # The edit distance; two letters that changed places are one edit.
-    before: list[int] = []
-    row = list(range(len(known) + 1))
-    for i, a in enumerate(name, 1):
-        above, row = row, [i]
-        for j, b in enumerate(known, 1):
-            edits = [above[j] + 1, row[j - 1] + 1, above[j - 1] + (a != b)]
-            if i > 1 and j > 1 and (name[i - 2], a) == (b, known[j - 2]):
-                edits.append(before[j - 2] + 1)
-            row.append(min(edits))
-        before = above
-    return row[-1] <= min(2, len(known) // 2)
-
-
-def check_averaged(name: str, extra_args: dict[str, Any]) -> None:
-    if name not in extra_args:
-        raise TypeError(
-            f'averaged_args has "{name}", which this call does not pass (it passes '
-            f"{sorted(extra_args) or 'no extra arguments'}). Pass {name}=... in every "
-            "call."
-        )
-    value = extra_args[name]
-    dtype = numerics.dtype_of(value)
-    if (
-        dtype is None
-        or jnp.shape(value) != ()
-        or jnp.issubdtype(dtype, jnp.complexfloating)
-    ):
-        raise TypeError(
-            f'averaged_args has "{name}", which is {numerics.describe(value)}; '
-            "expected a real scalar."
-        )

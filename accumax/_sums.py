@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from . import _numerics as numerics
+from . import _tree
 from ._types import ArrayLike, DTypeLike, NonFinite, PyTree, Reduction
 
 
@@ -88,7 +88,7 @@ def accumulator(
         def scalar() -> jax.Array:  # a new one each time: no buffer is donated twice
             return jnp.zeros((), float)  # float64 under jax_enable_x64
 
-        grads = jax.tree.map(zeros, numerics.differentiable(params))
+        grads = jax.tree.map(zeros, _tree.differentiable(params))
         return Sums(grads, scalar(), {name: scalar() for name in averaged_args})
 
     def tally(
@@ -115,7 +115,7 @@ def accumulator(
 
         def scaled(a: jax.Array, g: ArrayLike) -> jax.Array:
             # In float32: a weight of 1e5 is infinite in float16.
-            dtype = numerics.wide(a.dtype)
+            dtype = _tree.wide(a.dtype)
             product = jnp.asarray(g, dtype) * jnp.asarray(scale, dtype)
             return product.astype(a.dtype)
 
@@ -129,11 +129,11 @@ def accumulator(
             def fits(new: PyTree) -> jax.Array:
                 # The sum and not the gradient: one check sees a NaN, an infinite
                 # product and an overflow of the sum.
-                finite = numerics.all_finite((new, averaged))
+                finite = _tree.all_finite((new, averaged))
                 return usable(weight) & ((weight == 0) | finite)
 
             # All at once: devices that are to agree then ask each other once.
-            checks = numerics.all_finite(sums), fits(grads), fits(added)
+            checks = _tree.all_finite(sums), fits(grads), fits(added)
             sound, opens, goes_on = agree(jnp.stack(checks))
             # A window that another policy has lost is begun anew, or none would end.
             first |= ~sound
@@ -143,7 +143,7 @@ def accumulator(
         taken = accepted & (weight > 0)
 
         def keep(a: jax.Array, g: jax.Array, sum: jax.Array) -> jax.Array:
-            old = jnp.where(first, numerics.minus_zero(a.dtype), a)
+            old = jnp.where(first, _tree.minus_zero(a.dtype), a)
             return jnp.where(taken, jnp.where(first, g, sum), old)
 
         new = jax.tree.map(keep, sums.grads, grads, added)
@@ -160,7 +160,7 @@ def accumulator(
         factor = jnp.where(sums.weight > _most(), jnp.nan, factor)
 
         def reduced(a: jax.Array) -> jax.Array:
-            a = a.astype(numerics.wide(a.dtype))
+            a = a.astype(_tree.wide(a.dtype))
             return a * factor.astype(a.dtype)
 
         args = {name: value / total for name, value in sums.args.items()}
@@ -183,7 +183,7 @@ def accumulator_dtype(grad_dtype: Any, dtype: Any) -> Any:
             'jax.config.update("jax_enable_x64", True), or choose float32.'
         )
     if jnp.issubdtype(grad_dtype, jnp.complexfloating):
-        return numerics.wide(dtype, jnp.complex64)
+        return _tree.wide(dtype, jnp.complex64)
     return dtype
 
 
@@ -194,14 +194,14 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
       TypeError: not a real scalar.
       ValueError: known, and negative, NaN or infinite.
     """
-    dtype = numerics.dtype_of(weight)
+    dtype = _tree.dtype_of(weight)
     if dtype is None or not (
         jnp.issubdtype(dtype, jnp.floating)
         or jnp.issubdtype(dtype, jnp.integer)
         or dtype == jnp.bool_
     ):
         raise TypeError(
-            f"{name} is {numerics.describe(weight)}; expected a real scalar: the "
+            f"{name} is {_tree.describe(weight)}; expected a real scalar: the "
             "number of items (examples, tokens) that the gradient stands for."
         )
     if jnp.shape(weight) != ():
@@ -209,7 +209,7 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
             f"{name} has shape {jnp.shape(weight)}; expected a scalar, the number of "
             "items that the whole gradient stands for. Sum it first."
         )
-    known = numerics.concrete(weight)
+    known = _tree.concrete(weight)
     if known is not None:
         # As it will be used: 1e39 is infinite in float32, and 1e-42 is 0.
         info = jnp.finfo(jax.dtypes.canonicalize_dtype(float))

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _numerics as numerics
-from ._arguments import is_near
-from ._types import PyTree
+from .. import _tree
+from .._types import PyTree
+from .checks import is_near
 
 # What Optax's own transformations take by name, wherever they are in a chain.
 OF_OPTAX = frozenset({"value", "grad", "value_fn"})
@@ -91,7 +91,7 @@ class Inner(NamedTuple):
         arrays = {
             name: jnp.asarray(x)
             for name, x in extra_args.items()
-            if name not in known and numerics.dtype_of(x) is not None
+            if name not in known and _tree.dtype_of(x) is not None
         }
         if not arrays:
             return

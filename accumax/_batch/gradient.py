@@ -9,16 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from . import _loss, _reduce
-from . import _numerics as numerics
-from ._accumulator import Accumulator, counts
-from ._devices import Axes, on_first, stacked, unstacked
-from ._gather import Gather, specs_of
-from ._inplace import add_backward, reset
-from ._loop import Loop, live_part
-from ._loss import Carrying, Loss
-from ._split import Split
-from ._types import ArrayLike, PyTree
+from .. import _tree
+from .._devices.replicated import Axes, on_first, stacked, unstacked
+from .._devices.sharded import Gather, specs_of
+from .._sums import Accumulator, counts
+from .._types import ArrayLike, PyTree
+from .._xla.loops import reset
+from .._xla.refs import add_backward
+from .loss import Carrying, Loss, read_loss
+from .outputs import aux_specs
+from .scan import Loop, live_part
+from .split import Split
 
 
 class Backward(NamedTuple):
@@ -39,11 +40,11 @@ def at_once(loss_fn: Callable[..., Any], has_aux: bool, weighted: bool) -> Backw
 
     def of(model: PyTree, args: tuple) -> Callable[[PyTree], tuple[jax.Array, Any]]:
         def fun(live: PyTree) -> tuple[jax.Array, Any]:
-            here = numerics.restore(live, model)
+            here = _tree.restore(live, model)
             # What is carried comes first.
             call = (args[0], here, *args[1:]) if carries else (here, *args)
             out = loss_fn(*call)
-            loss = _loss.read(out, has_aux=has_aux or carries, weighted=weighted)
+            loss = read_loss(out, has_aux=has_aux or carries, weighted=weighted)
             taken = None if loss.weight is None else counts(loss.weight)
             return loss.value, (taken, loss._replace(value=loss.mean()))
 
@@ -163,7 +164,7 @@ class _OverDevices:
             loss, new, usable = fun(own, cuts, model, args, *sums)
             return loss, stacked(new) if self.apart else new, usable
 
-        aux = _reduce.specs(loop.aux[0], axes)
+        aux = aux_specs(loop.aux[0], axes)
         losses = Loss(same, same, (same, aux) if loop.carries else aux)
         specs = (models, rows, *(grads, same)[: len(sums)])
         return axes.map(on_device, (model, args, *sums), specs, (losses, grads, same))

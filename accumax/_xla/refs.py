@@ -1,8 +1,7 @@
-"""What XLA needs to be told so that it copies nothing.
+"""The backward pass that adds gradients into refs, so that no gradient tree exists.
 
-Measured with jax 0.10.2 for CPU, GPU (H100) and TPU (v5e); `benchmarks/targets.py`
-repeats it. The other two such facts, the lazy reset and the reciprocal, live where
-their arithmetic does, in `_accumulator.py`.
+Measured with jax 0.10.2 to 0.12 for CPU, GPU (H100) and TPU (v5e);
+`benchmarks/targets.py` repeats it.
 """
 
 import functools
@@ -16,74 +15,15 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
-from . import _numerics as numerics
-from ._jaxprs import hands_on_refs, of_linear_program, sliced, unsafe_refs
-from ._shardings import fitted, typed_like
-from ._types import ArrayLike, PyTree
+from .._types import PyTree
+from .jaxprs import hands_on_refs, of_linear_program, sliced, unsafe_refs
+from .loops import at_most_once, reset
+from .varying import typed_like
 
 T = TypeVar("T")
 
 # Whether this JAX adds gradients into the wrong refs; see `unsafe_refs`.
 _MISPLACES = jax.__version_info__ < (0, 11)
-
-
-def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
-    """`fun(operand)` if `pred` else `operand`, in place on every backend.
-
-    XLA aliases the carry of a while loop everywhere; the operands that a conditional
-    passes through are copied by some backends (16 x 1024^2 AdamW on the GPU target: 96
-    copies and 3 units of temp with `lax.cond`, none with the loop).
-
-    `fun` must not close over arrays that are as big as the parameters and that change
-    in the same step: a loop body that names an outer array carries it, and so keeps a
-    second copy alive. Close over shapes instead.
-    """
-
-    def body(carry: tuple[jax.Array, T]) -> tuple[jax.Array, T]:
-        _, value = carry
-        return jnp.zeros_like(pred), fun(value)
-
-    carry = pred, fitted(fun, operand)
-    return lax.while_loop(lambda carry: carry[0], body, carry)[1]
-
-
-def after(tree: PyTree, i: int) -> jax.Array:
-    """() int32 `i`, which XLA cannot know before it has computed `tree`.
-
-    So what needs `i` begins when `tree` is there. `lax.optimization_barrier` does not
-    do it: XLA:CPU drops it before it schedules.
-    """
-    leaves = [x for x in jax.tree.leaves(tree) if numerics.is_differentiable(x)]
-    firsts = [jnp.real(x.ravel()[0]).astype(jnp.float32) for x in leaves if x.size]
-    seen = sum(firsts, jnp.zeros((), jnp.float32))
-    never = (seen != seen) & (seen == seen)
-    return jnp.where(never, 0, jnp.int32(i))
-
-
-def reset(sums: PyTree, first: jax.Array, seed: ArrayLike = 1.0) -> Any:
-    """`(sums, seed)`, the sums in place -0.0 if `first`, () bool: a window opens.
-
-    In a loop, because a `where` over the whole accumulator would read and write it in
-    every call. Through the loop goes the seed of the backward pass that follows: else
-    XLA:GPU may schedule the loop last, when all gradients are alive that were to be
-    added after it (16 unrolled layers: 16 gradients in temp, with the seed 1.2).
-    """
-
-    def body(carry: PyTree) -> PyTree:
-        # `where`, though `first` is true here: XLA would merge plain zeros of the same
-        # shape, and then copy them (16 matrices: 15 copies on CPU and GPU).
-        sums, seed = carry
-
-        def zero(s: jax.Array) -> jax.Array:
-            return jnp.where(first, numerics.minus_zero(s.dtype), s)
-
-        return jax.tree.map(zero, sums), jnp.where(first, seed, 0)
-
-    with jax.named_scope("accumax.reset"):
-        # The `where` lets the seed vary over the devices of a `shard_map` as `first`
-        # does.
-        seed = jnp.where(first, seed, jnp.ones_like(seed))
-        return at_most_once(first, body, (sums, seed))
 
 
 def add_backward(

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from . import _numerics as numerics
-from ._accumulate import has_updated
-from ._inplace import at_most_once
-from ._types import ArrayLike, PyTree
+from .. import _tree
+from .._accumulate import has_updated
+from .._types import ArrayLike, PyTree
+from .._xla.loops import at_most_once
 
 
 def ema(
@@ -43,16 +43,16 @@ def ema(
     [0.]
     [0.1]
     """
-    numerics.check_like("average", average, params, "params")
+    _tree.check_like("average", average, params, "params")
 
     def moved(old: Any, new: Any) -> Any:
         old, new = jnp.asarray(old), jnp.asarray(new)
-        if not numerics.is_differentiable(old):
+        if not _tree.is_differentiable(old):
             return new.astype(old.dtype)
         return jnp.asarray(decay * old + (1 - decay) * new, old.dtype)
 
     # In a loop, because a `where` over both would read and write them in every call.
-    average = jax.tree.map(numerics.strong, average)
+    average = jax.tree.map(_tree.strong, average)
     with jax.named_scope("accumax.ema"):
         return at_most_once(
             has_updated(opt_state),

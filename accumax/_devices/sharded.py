@@ -10,10 +10,11 @@ from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _numerics as numerics
-from ._devices import Axes, on_first
-from ._shardings import explicit_axes, names_in, only, spec_of
-from ._types import ArrayLike, PyTree
+from .. import _tree
+from .._types import ArrayLike, PyTree
+from .._xla.varying import explicit_axes
+from .replicated import Axes, on_first
+from .specs import names_in, only, spec_of
 
 When: TypeAlias = Literal["each", "once"]
 
@@ -102,7 +103,7 @@ class Gather:
         except ValueError as error:
             raise ValueError(
                 f"param_specs must be a prefix of the parameters, "
-                f"{numerics.outline(params)}: {error}"
+                f"{_tree.outline(params)}: {error}"
             ) from None
 
         def cut(path: Any, x: Any, spec: Any) -> Cut:
@@ -121,8 +122,8 @@ class Gather:
             rest = tuple(name for name in axes.names if name not in used)
             return Cut(here, dims, rest)
 
-        live = numerics.differentiable(params)
-        specs = numerics.masked(specs, live)
+        live = _tree.differentiable(params)
+        specs = _tree.masked(specs, live)
         return jax.tree_util.tree_map_with_path(cut, live, specs)
 
     @property
@@ -161,7 +162,7 @@ class Gather:
 
         def zero(x: Any, cut: Cut) -> jax.Array:
             shape = x.shape if self.reduce == "each" else cut.whole(x.shape)
-            return jnp.full(shape, numerics.minus_zero(x.dtype))
+            return jnp.full(shape, _tree.minus_zero(x.dtype))
 
         return self.axes.vary(jax.tree.map(zero, shapes, cuts))
 
@@ -197,7 +198,7 @@ def specs_of(cuts: PyTree, params: PyTree = None) -> PyTree:
     specs = jax.tree.map(lambda cut: cut.spec, cuts)
     if params is None:
         return specs
-    return numerics.restore(specs, jax.tree.map(lambda _: PartitionSpec(), params))
+    return _tree.restore(specs, jax.tree.map(lambda _: PartitionSpec(), params))
 
 
 def check_gather(

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import _numerics as numerics
-from ._accumulator import check_weight
+from .. import _tree
+from .._sums import check_weight
 
 
 class Loss(NamedTuple):
@@ -29,7 +29,7 @@ class Loss(NamedTuple):
         if self.weight is None:
             return self.value
         # In at least float32: 70000 items are infinitely many in float16.
-        dtype = numerics.wide(self.value.dtype)
+        dtype = _tree.wide(self.value.dtype)
         weight = self.weight.astype(dtype)
         counts = weight != 0  # and not "> 0": a NaN is to be seen
         mean = self.value.astype(dtype) / jnp.where(counts, weight, 1)
@@ -63,7 +63,7 @@ class Carrying:
         return self.fun  # for inspect.signature
 
 
-def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
+def read_loss(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
     """`out`, what a loss function gave for these options, as a `Loss`.
 
     Raises:
@@ -76,7 +76,7 @@ def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
         if not isinstance(out, tuple) or len(out) != 2:
             raise TypeError(
                 f"With {has_aux=} and {weighted=} the loss function must return "
-                f"{expected}; it returned {numerics.outline(out)}."
+                f"{expected}; it returned {_tree.outline(out)}."
             )
         out, aux = out
     value, weight = out, None
@@ -85,11 +85,11 @@ def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
             raise TypeError(
                 f"With {weighted=} the loss function must return {form}, the sum of "
                 f"its items' losses and their number; it returned "
-                f"{numerics.outline(out)}."
+                f"{_tree.outline(out)}."
             )
         value, weight = out
         weight = check_weight(weight, "the weight from the loss function")
-    dtype = numerics.dtype_of(value)
+    dtype = _tree.dtype_of(value)
     if (
         dtype is None
         or not jnp.issubdtype(dtype, jnp.floating)
@@ -98,7 +98,7 @@ def read(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
         hint = "" if has_aux else " If it returns (loss, aux), pass has_aux=True."
         raise TypeError(
             f"The loss must be a real floating-point scalar; the loss function "
-            f"returned {numerics.outline(value)}.{hint}"
+            f"returned {_tree.outline(value)}.{hint}"
         )
     return Loss(jnp.asarray(value), weight, aux)
 
@@ -112,11 +112,11 @@ def split_aux(aux: Any, names: tuple[str, ...], has_aux: bool) -> tuple[Any, Any
         if not isinstance(aux, tuple) or len(aux) != 2:
             raise TypeError(
                 f"With mutable={names} and has_aux=True the loss function must return "
-                f"(loss, (new, aux)); its second part was {numerics.outline(aux)}."
+                f"(loss, (new, aux)); its second part was {_tree.outline(aux)}."
             )
         new, rest = aux
     if not isinstance(new, Mapping) or set(new) != set(names):
-        got = sorted(new) if isinstance(new, Mapping) else numerics.outline(new)
+        got = sorted(new) if isinstance(new, Mapping) else _tree.outline(new)
         raise TypeError(
             f"With mutable={names} the loss function must return (loss, new) with "
             f"exactly these in new, a mapping; it has {got}."

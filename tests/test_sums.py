@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import same_bits
 
-from accumax._accumulator import accumulator, check_weight
+from accumax._sums import accumulator, check_weight
 
 F32 = np.finfo(np.float32).eps
 REDUCTIONS = ["mean", "sum", "mean_of_sums"]

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import _numerics as numerics
-from . import _statistics
-from ._arguments import Place, rows_of
-from ._devices import Axes, is_array
-from ._loss import Carrying, Loss
-from ._split import fold_in
-from ._types import ArrayLike, PyTree
+from .. import _tree
+from .._batch.arguments import Place, rows_of
+from .._batch.loss import Carrying, Loss
+from .._batch.split import fold_in
+from .._devices.replicated import Axes, is_array
+from .._types import ArrayLike, PyTree
+from . import statistics as running
 
 
 class Given(NamedTuple):
@@ -62,16 +62,16 @@ class Handing:
         @functools.wraps(fun)
         def loss_fn(carried: Any, *args: Any, **kwargs: Any) -> Any:
             given, (pool, rest) = carried
-            given = numerics.restore(given, self.given)
+            given = _tree.restore(given, self.given)
             loss, statistics, new = self.run(given, rest, args, kwargs)
-            numerics.check_same("running statistics", statistics, given.statistics)
-            numerics.check_same("state", new, rest)
+            _tree.check_same("running statistics", statistics, given.statistics)
+            _tree.check_same("state", new, rest)
             pairs = zip(jax.tree.leaves(rest), jax.tree.leaves(new), strict=True)
             for i, (before, after) in enumerate(pairs):
                 changed[i] |= before is not after
             if pools:
                 rows = rows_of(batch_argnums, fun, args, kwargs)
-                pool = _statistics.add(pool, statistics, rows)
+                pool = running.add(pool, statistics, rows)
             value = loss.value if loss.weight is None else (loss.value, loss.weight)
             return value, ((pool, new), loss.aux)
 
@@ -88,9 +88,9 @@ class Handing:
                 axes.last(new) if moved else old
                 for old, new, moved in zip(olds, news, changed, strict=True)
             ]
-            return _statistics.over(axes, last[0]), structure.unflatten(rest)
+            return running.over(axes, last[0]), structure.unflatten(rest)
 
-        first = arrays, (_statistics.begin(self.given.statistics), self.rest)
+        first = arrays, (running.begin(self.given.statistics), self.rest)
         return Carrying(loss_fn, begin, end), first
 
     def settle(
@@ -104,12 +104,12 @@ class Handing:
         pool, rest = carried
         rest = jax.tree.map(lambda x, y: jnp.where(accepted, x, y), rest, self.rest)
         return (
-            _statistics.result(pool, self.given.statistics, momenta),
+            running.result(pool, self.given.statistics, momenta),
             rest,
             pool.weight,
         )
 
 
 def _is_typed(x: Any) -> bool:
-    dtype = numerics.dtype_of(x)
+    dtype = _tree.dtype_of(x)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)

@@ -11,19 +11,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from . import _numerics as numerics
-from ._shardings import (
-    explicit_axes,
-    is_checked,
-    joined,
-    names_in,
-    only,
-    spec_of,
-    vary,
-    varying,
-    without,
-)
-from ._types import PyTree
+from .. import _tree
+from .._types import PyTree
+from .._xla.varying import explicit_axes, is_checked, vary, varying
+from .specs import joined, names_in, only, spec_of, without
 
 T = TypeVar("T")
 
@@ -90,7 +81,7 @@ class Axes:
         if dtype == jnp.bool_:
             return self.last(x.astype(jnp.int32)) != 0
         own = self.index() == self.count - 1
-        return self.sum(jnp.where(own, x, numerics.minus_zero(dtype)))
+        return self.sum(jnp.where(own, x, _tree.minus_zero(dtype)))
 
     def any(self, pred: jax.Array) -> jax.Array:
         """bool, each whether it is true on any device. `inside`."""
@@ -197,7 +188,7 @@ class Axes:
           ValueError: `like` is sharded over `self`.
         """
         explicit = self._explicit
-        like = numerics.differentiable(like)
+        like = _tree.differentiable(like)
         self.check_whole("params", like)
         specs = jax.tree.map(spec_of, like)
 
@@ -334,7 +325,7 @@ def unstacked(tree: PyTree) -> PyTree:
 
 def on_first(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """`x` on the first device along these axes, -0.0 on the others."""
-    return jnp.where(lax.axis_index(names) == 0, x, numerics.minus_zero(x.dtype))
+    return jnp.where(lax.axis_index(names) == 0, x, _tree.minus_zero(x.dtype))
 
 
 def is_array(x: Any) -> bool:

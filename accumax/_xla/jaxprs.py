@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ._types import PyTree
+from .._types import PyTree
 
 # Primitives that name an axis and send nothing.
 _SILENT = "axis_index", "pcast", "pvary"

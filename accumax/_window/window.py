@@ -10,14 +10,14 @@ import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from . import _numerics as numerics
-from ._accumulator import Accumulator, Sums, check_weight, divides
-from ._arguments import check_averaged, check_flush, check_length
-from ._devices import Axes, stacked, unstacked
-from ._inner import Inner
-from ._inplace import at_most_once
-from ._state import AccumulateState, Progress, gradient_of, is_state
-from ._types import ArrayLike, PyTree, Schedule
+from .. import _tree
+from .._devices.replicated import Axes, stacked, unstacked
+from .._sums import Accumulator, Sums, check_weight, divides
+from .._types import ArrayLike, PyTree, Schedule
+from .._xla.loops import at_most_once
+from .checks import check_averaged, check_flush, check_length
+from .inner import Inner
+from .state import AccumulateState, Progress, gradient_of, is_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Window:
     axes: Axes | None = None  # over whose devices an open window's sums are
 
     def init(self, params: PyTree) -> AccumulateState:
-        numerics.check_parameters("params", params)
+        _tree.check_parameters("params", params)
         grads = gradient_of(params)
         if self.axes is None:
             sums = self.accumulator.init(grads)
@@ -38,11 +38,11 @@ class Window:
             sums = jax.eval_shape(self.accumulator.init, grads)
             own = self.axes.zeros(sums.grads, grads)
             sums = self.accumulator.init({})._replace(grads=own)
-        inner_state = self.inner.init(numerics.differentiable(params))
+        inner_state = self.inner.init(_tree.differentiable(params))
         return AccumulateState(
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=jnp.zeros((), jnp.int32),
-            inner_opt_state=jax.tree.map(numerics.strong, inner_state),
+            inner_opt_state=jax.tree.map(_tree.strong, inner_state),
             acc_grads=sums.grads,
             acc_weight=sums.weight,
             acc_args=sums.args,
@@ -67,7 +67,7 @@ class Window:
         flush = check_flush(flush)
         sums, progress = self.add(state, updates, weight, flush, extra_args)
         params = self.trained(state, params)
-        grads = like = numerics.trained(updates, sums.grads)
+        grads = like = _tree.trained(updates, sums.grads)
         if self.axes is not None:  # what `inner` sees is the same on all devices
             like = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, g.dtype), grads)
         # The dtypes are those of the big batch: what `inner` gives for such gradients.
@@ -79,17 +79,17 @@ class Window:
             sums, inner_state, params = operand
             sums = sums._replace(grads=self.together(sums.grads)[1])
             emitted, inner_state = self.run(sums, inner_state, params, extra_args)
-            return numerics.cast_like(emitted, like), inner_state
+            return _tree.cast_like(emitted, like), inner_state
 
         def hold(operand: Any) -> Any:
-            return numerics.minus_zeros_like(like), operand[1]
+            return _tree.minus_zeros_like(like), operand[1]
 
         applies = progress.closes & divides(sums.weight)
         operand = (sums, state.inner_opt_state, params)
         with jax.named_scope("accumax.boundary"):
             emitted, inner_state = lax.cond(applies, emit, hold, operand)
         if jax.tree.structure(emitted) == jax.tree.structure(grads):
-            emitted = numerics.restore(emitted, updates)
+            emitted = _tree.restore(emitted, updates)
         return emitted, self.next(state, sums, inner_state, progress, applies)
 
     def add(
@@ -103,7 +103,7 @@ class Window:
         """One gradient into the window, whether it closes then or not."""
         weight = self.weigh(weight)
         before = self.sums(state)
-        grads = numerics.trained(grads, before.grads)
+        grads = _tree.trained(grads, before.grads)
         axes, over = self.axes, {}
         if axes is not None:
             if not axes.inside:
@@ -138,8 +138,8 @@ class Window:
     def trained(self, state: AccumulateState, params: PyTree) -> PyTree:
         """The part of `params` that the window has sums for."""
         if params is None or isinstance(params, optax.LookaheadParams):
-            return numerics.differentiable(params)
-        return numerics.trained(params, state.acc_grads)
+            return _tree.differentiable(params)
+        return _tree.trained(params, state.acc_grads)
 
     def sums(self, state: AccumulateState) -> Sums:
         """The open window's, on one of several devices its own."""
@@ -217,7 +217,7 @@ class Window:
         mean, means = self.accumulator.result(sums)
         extra_args = extra_args | means
         updates, new_state = self.inner.update(mean, inner_state, params, **extra_args)
-        return updates, numerics.cast_like(new_state, inner_state)
+        return updates, _tree.cast_like(new_state, inner_state)
 
     def check_names(self, extra_args: dict[str, Any], strict: bool = False) -> None:
         """`Inner.check_names` for a call of this accumulate."""
@@ -243,7 +243,7 @@ class Window:
         extra_args: dict[str, Any],
     ) -> tuple[PyTree, AccumulateState]:
         """The boundary in place: touches nothing unless the window closes."""
-        live = jax.tree.map(numerics.strong, self.trained(state, params))
+        live = jax.tree.map(_tree.strong, self.trained(state, params))
         grads = jax.tree.map(
             lambda _, p: jax.ShapeDtypeStruct(p.shape, p.dtype),
             sums.grads,
@@ -260,7 +260,7 @@ class Window:
             own, grads = self.together(sums.grads if own is None else own)
             total = sums._replace(grads=grads)
             updates, inner_state = self.run(total, inner_state, params, extra_args)
-            updates = numerics.cast_like(updates, like)
+            updates = _tree.cast_like(updates, like)
             return optax.apply_updates(params, updates), inner_state, own
 
         applies = progress.closes & divides(sums.weight)
@@ -273,7 +273,7 @@ class Window:
             )
         sums = sums if own is None else sums._replace(grads=own)
         new_state = self.next(state, sums, inner_state, progress, applies)
-        return numerics.restore(live, params), new_state
+        return _tree.restore(live, params), new_state
 
     def next(
         self,
@@ -322,7 +322,7 @@ class Window:
             like = self.axes.each("state.acc_grads", like)
         for name, tree in trees.items():
             tree = gradient_of(tree)
-            numerics.check_like(name, tree, like, "state.acc_grads")
+            _tree.check_like(name, tree, like, "state.acc_grads")
         names = self.accumulator.averaged_args
         if set(names) != set(state.acc_args):
             raise TypeError(

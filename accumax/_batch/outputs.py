@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import _numerics as numerics
-from ._devices import Axes
-from ._shardings import sharded
-from ._split import Part, Parts
-from ._types import ArrayLike, PyTree
+from .. import _tree
+from .._devices.replicated import Axes
+from .._types import ArrayLike, PyTree
+from .._xla.varying import sharded
+from .split import Part, Parts
 
 AuxReduction: TypeAlias = Literal["mean", "sum", "last", "stack", "concat"]
 
@@ -55,11 +55,11 @@ class Reducer(NamedTuple):
                 case "sum":
                     return a + jnp.asarray(x, a.dtype)
                 case "last":
-                    return numerics.strong(x)
+                    return _tree.strong(x)
                 case "stack":
-                    x = numerics.strong(x)
+                    x = _tree.strong(x)
                     return lax.dynamic_update_index_in_dim(a, x, part.index, 0)
-            (whole, rest), x = a, numerics.strong(x)
+            (whole, rest), x = a, _tree.strong(x)
             if part.tail:
                 return whole, x
             return lax.dynamic_update_index_in_dim(whole, x, part.index, 1), rest
@@ -105,11 +105,11 @@ class Reducer(NamedTuple):
         parts, shape = self.parts, like.shape
         match how:
             case "mean":
-                return jnp.zeros(shape, numerics.wide(like.dtype))
+                return jnp.zeros(shape, _tree.wide(like.dtype))
             case "sum":
                 dtype = _sum_dtype(like)
                 if jnp.issubdtype(dtype, jnp.inexact):
-                    dtype = numerics.wide(dtype)
+                    dtype = _tree.wide(dtype)
                 return jnp.zeros(shape, dtype)
             case "last":
                 return jnp.zeros(shape, like.dtype)
@@ -120,7 +120,7 @@ class Reducer(NamedTuple):
         return whole, jnp.zeros((parts.tail, *shape[1:]), like.dtype)
 
 
-def check(reductions: PyTree) -> PyTree:
+def check_reductions(reductions: PyTree) -> PyTree:
     """`reductions`, a tree of `AuxReduction`.
 
     Raises:
@@ -136,7 +136,7 @@ def check(reductions: PyTree) -> PyTree:
     return reductions
 
 
-def check_wanted(reductions: PyTree, has_aux: bool) -> None:
+def check_aux_wanted(reductions: PyTree, has_aux: bool) -> None:
     """Checks that there is an aux to reduce.
 
     Raises:
@@ -149,33 +149,33 @@ def check_wanted(reductions: PyTree, has_aux: bool) -> None:
         )
 
 
-def check_leaves(aux: PyTree) -> None:
+def check_aux_leaves(aux: PyTree) -> None:
     """Checks that what came with a loss can be reduced.
 
     Raises:
       TypeError: a leaf is no array or number.
     """
     for path, x in jax.tree_util.tree_leaves_with_path(aux):
-        if numerics.dtype_of(x) is None:
+        if _tree.dtype_of(x) is None:
             raise TypeError(
                 f"aux{jax.tree_util.keystr(path)} is {x!r}; expected an array or a "
                 "number, which microbatches can be reduced to. Return it otherwise."
             )
 
 
-def check_each(reductions: PyTree, losses: Sequence[Any]) -> list[PyTree]:
+def check_each_reduction(reductions: PyTree, losses: Sequence[Any]) -> list[PyTree]:
     """`reductions` for each of several losses: one for all, or a tuple of as many."""
     if not isinstance(reductions, (tuple, list)):
-        return [check(reductions)] * len(losses)
+        return [check_reductions(reductions)] * len(losses)
     if len(reductions) != len(losses):
         raise ValueError(
             f"aux={reductions!r} has {len(reductions)} entries for {len(losses)} loss "
             "functions. Pass one for each, or one for all that is not a tuple."
         )
-    return [check(one) for one in reductions]
+    return [check_reductions(one) for one in reductions]
 
 
-def specs(reductions: PyTree, axes: Axes) -> PyTree:
+def aux_specs(reductions: PyTree, axes: Axes) -> PyTree:
     """How the reduced trees of all devices make one: a prefix of it."""
     every = ("stack", "concat")
     return jax.tree.map(
@@ -197,14 +197,14 @@ def reducer(
     except ValueError:
         raise ValueError(
             f"aux={reductions!r} must be a prefix of the aux that the function "
-            f"returned, {numerics.outline(shapes)}. Pass one reduction for all of it, "
+            f"returned, {_tree.outline(shapes)}. Pass one reduction for all of it, "
             "or a tree with its keys."
         ) from None
     paths, structure = jax.tree_util.tree_flatten_with_path(shapes)
     if parts.tail and jax.tree.structure(tail_shapes) != structure:
         raise ValueError(
-            f"The function returned {numerics.outline(shapes)} for {parts.size} rows "
-            f"and {numerics.outline(tail_shapes)} for the last {parts.tail}; it must "
+            f"The function returned {_tree.outline(shapes)} for {parts.size} rows "
+            f"and {_tree.outline(tail_shapes)} for the last {parts.tail}; it must "
             "return one structure, or microbatch_size must divide the batch."
         )
     tails = jax.tree.leaves(tail_shapes) if parts.tail else [None] * len(paths)
@@ -214,7 +214,7 @@ def reducer(
     ):
         where = f"aux{jax.tree_util.keystr(path)}"
         _check(where, how, like, tail, parts)
-        dtype, sharding = numerics.dtype_of(like), getattr(like, "sharding", None)
+        dtype, sharding = _tree.dtype_of(like), getattr(like, "sharding", None)
         struct = jax.ShapeDtypeStruct(like.shape, dtype, sharding=sharding)
         leaves.append(Leaf(how, struct))
     return Reducer(parts, structure, leaves)
@@ -223,8 +223,8 @@ def reducer(
 def _check(
     where: str, how: AuxReduction, like: Any, tail: Any | None, parts: Parts
 ) -> None:
-    got = numerics.describe(like)
-    if how == "mean" and not numerics.is_differentiable(like):
+    got = _tree.describe(like)
+    if how == "mean" and not _tree.is_differentiable(like):
         raise TypeError(
             f'{where} is {got}, of which aux="mean" would not be {like.dtype}. Choose '
             '"sum", "last", "stack" or "concat" for it, or return it as a float.'
@@ -236,7 +236,7 @@ def _check(
     if how != "concat":
         if tail is not None and tail.shape != like.shape:
             raise ValueError(
-                f"{where} is {got} for {parts.size} rows and {numerics.describe(tail)} "
+                f"{where} is {got} for {parts.size} rows and {_tree.describe(tail)} "
                 f'for the last {parts.tail}, which aux="{how}" cannot reduce. Choose '
                 '"concat" for one value a row, or a microbatch_size that divides the '
                 f"{parts.rows} rows of the batch."
@@ -245,7 +245,7 @@ def _check(
     for rows, x in ((parts.size, like), (parts.tail, tail)):
         if x is not None and x.shape[:1] != (rows,):
             raise ValueError(
-                f'{where} is {numerics.describe(x)} for {rows} rows; aux="concat" '
+                f'{where} is {_tree.describe(x)} for {rows} rows; aux="concat" '
                 "needs one value a row, along the first axis. Choose "
                 '"stack" for one value a microbatch.'
             )

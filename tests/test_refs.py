@@ -7,8 +7,9 @@ import pytest
 from jax import lax
 from problems import distance, same_bits
 
-from accumax import _inplace
-from accumax._inplace import add_backward, at_most_once
+from accumax._xla import refs
+from accumax._xla.loops import at_most_once
+from accumax._xla.refs import add_backward
 
 
 def test_a_loop_that_runs_at_most_once_is_a_conditional():
@@ -268,7 +269,7 @@ def test_a_gradient_tree_that_has_to_be_built_is_not_hidden(monkeypatch):
     def fails(*args):
         raise NotImplementedError("no ref for this")
 
-    monkeypatch.setattr(_inplace, "_isolated", fails)
+    monkeypatch.setattr(refs, "_isolated", fails)
 
     @jax.jit
     def step(p, sums):

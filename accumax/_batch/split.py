@@ -10,8 +10,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from . import _numerics as numerics
-from ._arguments import (
+from .. import _tree
+from .._devices.replicated import Axes
+from .._devices.specs import only
+from .._types import ArrayLike, PyTree
+from .._xla.loops import after
+from .._xla.varying import explicit_axes, fitted
+from .arguments import (
     Place,
     check_keys,
     check_no_key,
@@ -20,10 +25,6 @@ from ._arguments import (
     check_rows,
     find,
 )
-from ._devices import Axes
-from ._inplace import after
-from ._shardings import explicit_axes, fitted, only
-from ._types import ArrayLike, PyTree
 
 T = TypeVar("T")
 
@@ -216,7 +217,7 @@ class Split:
         for place in call.keys() - batches - keys - set(argnums):
             if rows > 1 and getattr(call[place], "shape", ())[:1] == (rows,):
                 warnings.warn(
-                    f"Argument {place!r} is {numerics.describe(call[place])}, with as "
+                    f"Argument {place!r} is {_tree.describe(call[place])}, with as "
                     f"many rows as the batch, and goes whole to every microbatch. If "
                     "it holds rows of the batch, let batch_argnums name it too: "
                     f"batch_argnums={(*self.batch_argnums, place)}.",

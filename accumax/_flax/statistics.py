@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import _numerics as numerics
-from ._devices import Axes
-from ._state import AccumulateState, accepted
-from ._types import ArrayLike, PyTree
+from .. import _tree
+from .._devices.replicated import Axes
+from .._types import ArrayLike, PyTree
+from .._window.state import AccumulateState, accepted
 
 
 class Pool(NamedTuple):
@@ -77,7 +77,7 @@ def add(pool: Pool, statistics: PyTree, weight: ArrayLike) -> Pool:
     olds = jax.tree.leaves(pool.mean)
 
     def moved(old: jax.Array, new: jax.Array) -> jax.Array:
-        if not numerics.is_differentiable(new):
+        if not _tree.is_differentiable(new):
             return jnp.where(taken, new, old)
         mean = old + share.astype(new.dtype) * (new - old)
         # A stale NaN is not to be read, and of one microbatch the mean is itself.
@@ -104,7 +104,7 @@ def over(axes: Axes, pool: Pool) -> Pool:
     factor = 1 / jnp.where(total > 0, total, 1)
 
     def mean(x: jax.Array) -> jax.Array:
-        if not numerics.is_differentiable(x):
+        if not _tree.is_differentiable(x):
             return axes.last(x)
         share = jnp.where(some, weight.astype(x.dtype) * x, 0)
         return axes.sum(share) * factor.astype(x.dtype)
@@ -135,7 +135,7 @@ def result(pool: Pool, statistics: PyTree, momenta: tuple[float, ...]) -> PyTree
             between = spread * factor.astype(spread.dtype) / (1 - momentum)
             leaves[v] = leaves[v] + between
     pooled = jax.tree.structure(statistics).unflatten(leaves)
-    pooled = numerics.cast_like(pooled, statistics)
+    pooled = _tree.cast_like(pooled, statistics)
     return jax.tree.map(lambda x, old: jnp.where(some, x, old), pooled, statistics)
 
 
@@ -159,7 +159,7 @@ def after_call(
     new, rows = call
     for tree in (new, base):
         if tree is not None:
-            numerics.check_same("running statistics", tree, pool.found)
+            _tree.check_same("running statistics", tree, pool.found)
     base = pool.found if base is None else base
     opened = pool.weight > 0
     found = jax.tree.map(lambda x, y: jnp.where(opened, x, y), pool.found, base)
@@ -187,7 +187,7 @@ def _moved(
             # To the bit the same, if both are.
             leaves[i] = leaves[i] + momentum * (trees[2][i] - trees[1][i])
     moved = jax.tree.structure(statistics).unflatten(leaves)
-    return numerics.cast_like(moved, statistics)
+    return _tree.cast_like(moved, statistics)
 
 
 def pairs(statistics: PyTree) -> dict[tuple[str, ...], tuple[int, int]]:
@@ -253,10 +253,10 @@ def lookup(momentum: Any, path: tuple[str, ...]) -> Any:
 
 
 def _pool_dtype(x: Any) -> Any:
-    dtype = numerics.dtype_of(x)
-    if not numerics.is_differentiable(x):
+    dtype = _tree.dtype_of(x)
+    if not _tree.is_differentiable(x):
         return dtype
-    return numerics.wide(dtype)
+    return _tree.wide(dtype)
 
 
 def _names(path: tuple) -> tuple[str, ...]:

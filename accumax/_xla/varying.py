@@ -1,14 +1,13 @@
-"""What the type of an array says about devices: how it is sharded, and what varies."""
+"""What the types of JAX say that devices of a mesh may have different values of."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 from jax import lax
-from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
 
-from ._types import PyTree
+from .._types import PyTree
 
 T = TypeVar("T")
 
@@ -48,6 +47,16 @@ def typed_like(tree: T, like: PyTree) -> T:
     return jax.tree.map(typed, tree, like)
 
 
+def is_checked(name: str) -> bool:
+    """Whether JAX says what varies over this axis (check_vma=True)."""
+    return name in varying(lax.axis_index(name))
+
+
+def vary(x: Any, names: frozenset[str]) -> Any:
+    new = tuple(sorted(names - varying(x)))
+    return lax.pcast(x, new, to="varying") if new else x
+
+
 def sharded(x: jax.Array, sharding: Any) -> jax.Array:
     """`x`, of a type with this sharding if it is one over explicit axes."""
     if not isinstance(sharding, NamedSharding) or not explicit_axes(sharding.mesh):
@@ -60,50 +69,3 @@ def explicit_axes(mesh: Any) -> tuple[str, ...]:
     """The axes over which an array's type says how it is sharded."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in types if kind == AxisType.Explicit)
-
-
-def spec_of(x: Any) -> PartitionSpec:
-    """How `x` is sharded; under jit over explicit axes only, for the others are seen
-    by the compiler alone.
-    """
-    traced = isinstance(x, Tracer)
-    sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
-    named = isinstance(sharding, NamedSharding)
-    return sharding.spec if named else PartitionSpec()
-
-
-def only(spec: PartitionSpec, names: tuple[str, ...]) -> PartitionSpec:
-    """`spec` as if the mesh had these axes alone."""
-    return _kept(spec, lambda name: name in names)
-
-
-def without(spec: PartitionSpec, names: tuple[str, ...]) -> PartitionSpec:
-    """`spec` as if the mesh had not these axes."""
-    return _kept(spec, lambda name: name not in names)
-
-
-def _kept(spec: PartitionSpec, keep: Callable[[str], bool]) -> PartitionSpec:
-    entries = [tuple(filter(keep, names_in(entry))) for entry in spec]
-    # An axis alone without its tuple, as JAX writes it in an array's sharding.
-    return PartitionSpec(*(x[0] if len(x) == 1 else x or None for x in entries))
-
-
-def names_in(entry: Any) -> tuple[str, ...]:
-    """The axes in an entry of a `PartitionSpec`."""
-    if entry is None or entry is PartitionSpec.UNCONSTRAINED:
-        return ()
-    return (entry,) if isinstance(entry, str) else tuple(entry)
-
-
-def joined(*entries: Any) -> tuple[str, ...] | None:
-    return tuple(name for entry in entries for name in names_in(entry)) or None
-
-
-def is_checked(name: str) -> bool:
-    """Whether JAX says what varies over this axis (check_vma=True)."""
-    return name in varying(lax.axis_index(name))
-
-
-def vary(x: Any, names: frozenset[str]) -> Any:
-    new = tuple(sorted(names - varying(x)))
-    return lax.pcast(x, new, to="varying") if new else x

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from ._types import PyTree
+from .._types import PyTree
 
 
 class AccumulateState(NamedTuple):

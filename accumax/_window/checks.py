@@ -1,0 +1,79 @@
+"""What a call may say to a window, and what not."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from .. import _tree
+from .._types import ArrayLike
+
+
+def check_flush(flush: Any) -> ArrayLike:
+    if _tree.dtype_of(flush) != jnp.bool_ or jnp.shape(flush) != ():
+        raise TypeError(
+            f"flush is {_tree.describe(flush)}; expected a scalar bool: whether to "
+            "close the window with this call."
+        )
+    return flush
+
+
+def check_length(length: Any) -> ArrayLike:
+    dtype = _tree.dtype_of(length)
+    if (
+        dtype is None
+        or jnp.shape(length) != ()
+        or not (
+            jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+        )
+    ):
+        raise TypeError(
+            f"every gives {_tree.describe(length)} for a window's length; expected "
+            "a scalar integer of at least 1."
+        )
+    known = _tree.concrete(length)
+    if known is not None and not (known >= 1 and known == math.floor(known)):
+        raise ValueError(
+            f"every gives {known} for a window's length; expected an integer of at "
+            "least 1."
+        )
+    return length
+
+
+def is_near(name: str, known: str) -> bool:
+    """Whether `name` may be `known` misspelt: in its case, or in up to two letters."""
+    name, known = name.lower(), known.lower()
+    if name == known:
+        return True
+    # The edit distance; two letters that changed places are one edit.
+    before: list[int] = []
+    row = list(range(len(known) + 1))
+    for i, a in enumerate(name, 1):
+        above, row = row, [i]
+        for j, b in enumerate(known, 1):
+            edits = [above[j] + 1, row[j - 1] + 1, above[j - 1] + (a != b)]
+            if i > 1 and j > 1 and (name[i - 2], a) == (b, known[j - 2]):
+                edits.append(before[j - 2] + 1)
+            row.append(min(edits))
+        before = above
+    return row[-1] <= min(2, len(known) // 2)
+
+
+def check_averaged(name: str, extra_args: dict[str, Any]) -> None:
+    if name not in extra_args:
+        raise TypeError(
+            f'averaged_args has "{name}", which this call does not pass (it passes '
+            f"{sorted(extra_args) or 'no extra arguments'}). Pass {name}=... in every "
+            "call."
+        )
+    value = extra_args[name]
+    dtype = _tree.dtype_of(value)
+    if (
+        dtype is None
+        or jnp.shape(value) != ()
+        or jnp.issubdtype(dtype, jnp.complexfloating)
+    ):
+        raise TypeError(
+            f'averaged_args has "{name}", which is {_tree.describe(value)}; '
+            "expected a real scalar."
+        )

@@ -1,0 +1,1 @@
+"""What XLA must be told."""
