@@ -11,7 +11,7 @@ from flax.core import FrozenDict, freeze
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from . import _tree
+from . import _train_step, _tree
 from ._accumulate import accumulating, flush
 from ._batch.arguments import Places, check_names, check_no_key, check_places
 from ._batch.loss import read_loss, split_aux
@@ -19,8 +19,6 @@ from ._batch.split import fold_in
 from ._flax import statistics as running
 from ._flax.average import ema as ema
 from ._flax.loss import Given, Handing
-from ._train_step import apply_gradients
-from ._train_step import train_step as core_step
 from ._types import ArrayLike, PyTree, Schedule
 from ._window.state import AccumulateState, accepted
 
@@ -153,7 +151,7 @@ class TrainState(train_state.TrainState):
             overwritten[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]
             grads = grads["params"]
         statistics = self._check(kwargs.pop(STATISTICS, None))
-        params, opt_state = apply_gradients(
+        params, opt_state = _train_step.apply_gradients(
             self.tx,
             _optimized(self.params),
             self.opt_state,
@@ -293,7 +291,7 @@ class TrainState(train_state.TrainState):
             given = Given(statistics, own, folded)
             handing = Handing(given, (rest, jnp.zeros((), jnp.int32)), run)
             carrying, first = handing.carrying(loss_fn, places)
-            core = core_step(
+            core = _train_step.train_step(
                 carrying,
                 state.tx,
                 has_aux=has_aux,

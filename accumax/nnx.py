@@ -198,9 +198,8 @@ def train_step(
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{type(optimizer)=} is not an accumax.nnx.Optimizer.")
         base = nnx.as_pure(nnx.state(model, nnx.BatchStat))
-        if optimizer.pool is not None:
-            found = nnx.as_pure(optimizer.pool).found
-            _tree.check_same("BatchStat of the model", base, found)
+        if (pool := optimizer.pool) is not None:
+            _tree.check_same("BatchStat of the model", base, nnx.as_pure(pool).found)
         modules = _Modules((model, *args), {}, {0: optimizer.wrt})
         handing = modules.handing(loss_fn, has_aux, weighted)
         carrying, first = handing.carrying(loss_fn, places)
@@ -213,8 +212,7 @@ def train_step(
             batch_argnums=batch_argnums,
             **options,
         )
-        before = nnx.as_pure(optimizer.opt_state)
-        params, *others = modules.args
+        before, (params, *others) = nnx.as_pure(optimizer.opt_state), modules.args
         params, after, (loss, (carried, rest)) = run(
             nnx.as_pure(params), before, first, *others, **extra_args
         )
@@ -365,9 +363,11 @@ def _variables(nodes: list[Any]) -> set[int]:
 
 
 def _holds_module(x: Any) -> bool:
-    kinds = (nnx.Pytree, nnx.Variable)
-    leaves = jax.tree.leaves(x, is_leaf=lambda x: isinstance(x, kinds))
-    return any(isinstance(leaf, kinds) for leaf in leaves)
+    return any(map(_is_node, jax.tree.leaves(x, is_leaf=_is_node)))
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, (nnx.Pytree, nnx.Variable))
 
 
 def _under(i: int, wrt: Any) -> Callable[[tuple, Any], bool]:
@@ -386,8 +386,8 @@ def _check_some(state: Any, module: Any, wrt: Any) -> None:
 
 def _momenta(nodes: Any, statistics: PyTree) -> tuple[float, ...]:
     """What the modules of the running statistics have for a momentum."""
-    if not running.pairs(statistics):
-        return ()  # without a walk through the whole model
+    if not running.pairs(statistics):  # then without a walk through the whole model
+        return ()
     modules = {tuple(map(str, path)): x for path, x in nnx.iter_graph(nodes)}
     remedy = "Give that module an attribute `momentum`, as nnx.BatchNorm has"
 
