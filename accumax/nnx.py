@@ -11,11 +11,10 @@ from flax import nnx
 
 from . import _train_step, _tree, _value_and_grad
 from ._accumulate import accumulating, flush
-from ._batch.arguments import Place, Places, at, check_argnums, check_places
-from ._batch.loss import read_loss
+from ._batch.arguments import Places, at, check_argnums, check_places
 from ._flax import statistics as running
 from ._flax.average import ema as ema
-from ._flax.loss import Given, Handing
+from ._flax.modules import Modules, check_some, momenta_of
 from ._types import ArrayLike, PyTree, Schedule
 from ._window.state import AccumulateState, accepted
 
@@ -71,9 +70,9 @@ class Optimizer(nnx.Optimizer):
             for `wrt`; or the module of a running mean and variance has no `momentum`.
         """
         tx = accumulating(tx, every, "nnx.Optimizer")
-        _check_some(nnx.state(model, wrt), model, wrt)
+        check_some(nnx.state(model, wrt), model, wrt)
         statistics = nnx.as_pure(nnx.state(model, nnx.BatchStat)) if batch_stats else {}
-        _momenta(model, statistics)
+        momenta_of(model, statistics)
         super().__init__(model, tx, wrt=wrt)
         self.microstep = nnx.OptState(jnp.zeros((), jnp.uint32))
         pool = running.begin(statistics) if jax.tree.leaves(statistics) else None
@@ -132,7 +131,7 @@ class Optimizer(nnx.Optimizer):
             pool, statistics = running.after_call(
                 nnx.as_pure(self.pool),
                 new if rows is None else base,
-                _momenta(model, new),
+                momenta_of(model, new),
                 (None, 0) if rows is None else (new, rows),
                 before=before,
                 after=after,
@@ -200,7 +199,7 @@ def train_step(
         base = nnx.as_pure(nnx.state(model, nnx.BatchStat))
         if (pool := optimizer.pool) is not None:
             _tree.check_same("BatchStat of the model", base, nnx.as_pure(pool).found)
-        modules = _Modules((model, *args), {}, {0: optimizer.wrt})
+        modules = Modules((model, *args), {}, {0: optimizer.wrt})
         handing = modules.handing(loss_fn, has_aux, weighted)
         carrying, first = handing.carrying(loss_fn, places)
         run = _train_step.train_step(
@@ -281,7 +280,7 @@ def value_and_grad(
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         live = at(positions, args)
         wrt = {n: x.filter for n, x in zip(live, states, strict=True)}
-        modules = _Modules(args, kwargs, wrt)
+        modules = Modules(args, kwargs, wrt)
         handing = modules.handing(f, has_aux, weighted)
         carrying, first = handing.carrying(f, places)
         run = core(carrying, live if several else live[0])
@@ -290,111 +289,6 @@ def value_and_grad(
         return result
 
     return value_and_grad_fun
-
-
-class _Modules:
-    """The modules among the arguments of a call, taken apart.
-
-    In `args` and `kwargs` they are the state of what is differentiated, or None.
-    """
-
-    def __init__(self, args: tuple, kwargs: dict[str, Any], wrt: dict[int, Any]):
-        call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
-        self.places = [place for place in call if _holds_module(call[place])]
-        self.nodes = tuple(call[place] for place in self.places)
-        self.live = {p: i for i, p in enumerate(self.places) if p in wrt}
-        self.filters = [_under(i, wrt[place]) for place, i in self.live.items()]
-        others = [call[place] for place in self.places if place not in wrt]
-        live = [call[place] for place in self.live]
-        if others and _variables(others) & _variables(live):
-            raise ValueError(
-                "A module that is differentiated shares variables with an argument "
-                f"that is not. Differentiate all of {self.places}, or pass a copy."
-            )
-        self.graphdef, *lives, statistics, rest = nnx.split(
-            self.nodes, *self.filters, nnx.BatchStat, ...
-        )
-        for place in self.places:
-            call[place] = None
-        for (place, i), state in zip(self.live.items(), lives, strict=True):
-            _check_some(state, self.nodes[i], wrt[place])
-            call[place] = state[i]
-        self.args = tuple(call[n] for n in range(len(args)))
-        self.kwargs = {name: call[name] for name in kwargs}
-        self.statistics, self.rest = nnx.as_pure(statistics), nnx.as_pure(rest)
-
-    def handing(
-        self, fun: Callable[..., Any], has_aux: bool, weighted: bool
-    ) -> Handing:
-        """`fun` as a function of `args`, `kwargs` and the state of the modules."""
-
-        def run(given: Given, rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-            call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
-            lives = [nnx.State({i: call[place]}) for place, i in self.live.items()]
-            nodes = nnx.merge(self.graphdef, *lives, given.statistics, rest)
-            call |= dict(zip(self.places, nodes, strict=True))
-            args = tuple(call[n] for n in range(len(args)))
-            out = fun(*args, **{name: call[name] for name in kwargs})
-            graphdef, *_, statistics, rest = nnx.split(
-                nodes, *self.filters, nnx.BatchStat, ...
-            )
-            loss = read_loss(out, has_aux=has_aux, weighted=weighted)
-            statistics, rest = nnx.as_pure(statistics), nnx.as_pure(rest)
-            _tree.check_same("state of the modules", rest, self.rest)
-            if graphdef != self.graphdef:
-                raise ValueError(
-                    "The loss changed a static attribute of a module, as eval() does, "
-                    "which cannot be handed on. Do it before."
-                )
-            return loss, statistics, rest
-
-        return Handing(Given(self.statistics), self.rest, run)
-
-    def write(self, handing: Handing, carried: Any, taken: Any) -> jax.Array:
-        """Writes what the last microbatch handed on, and returns the rows of all."""
-        momenta = _momenta(self.nodes, self.statistics)
-        statistics, rest, rows = handing.settle(carried, momenta, taken)
-        nnx.update(self.nodes, statistics, rest)
-        return rows
-
-
-def _variables(nodes: list[Any]) -> set[int]:
-    return {id(x) for _, x in nnx.iter_graph(nodes) if isinstance(x, nnx.Variable)}
-
-
-def _holds_module(x: Any) -> bool:
-    return any(map(_is_node, jax.tree.leaves(x, is_leaf=_is_node)))
-
-
-def _is_node(x: Any) -> bool:
-    return isinstance(x, (nnx.Pytree, nnx.Variable))
-
-
-def _under(i: int, wrt: Any) -> Callable[[tuple, Any], bool]:
-    """The filter `wrt` for what is at the place i of a tuple."""
-    within = nnx.filterlib.to_predicate(wrt)
-    return lambda path, x: path[0] == i and within(path[1:], x)
-
-
-def _check_some(state: Any, module: Any, wrt: Any) -> None:
-    if not jax.tree.leaves(state):
-        raise ValueError(
-            f"{type(module).__name__} has no variable for {wrt}. Pass the filter of "
-            "what to differentiate, such as nnx.Param."
-        )
-
-
-def _momenta(nodes: Any, statistics: PyTree) -> tuple[float, ...]:
-    """What the modules of the running statistics have for a momentum."""
-    if not running.pairs(statistics):  # then without a walk through the whole model
-        return ()
-    modules = {tuple(map(str, path)): x for path, x in nnx.iter_graph(nodes)}
-    remedy = "Give that module an attribute `momentum`, as nnx.BatchNorm has"
-
-    def momentum(path: tuple[str, ...]) -> Any:
-        return getattr(modules.get(path), "momentum", None)
-
-    return running.check_momenta(statistics, momentum, "The model", remedy)
 
 
 def _write(variables: PyTree, values: PyTree) -> None:

@@ -1,0 +1,119 @@
+"""The NNX modules among the arguments of a call, taken apart and put together."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from .. import _tree
+from .._batch.arguments import Place
+from .._batch.loss import read_loss
+from .._types import PyTree
+from . import statistics as running
+from .loss import Given, Handing
+
+
+class Modules:
+    """The modules among the arguments of a call, taken apart.
+
+    In `args` and `kwargs` they are the state of what is differentiated, or None.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict[str, Any], wrt: dict[int, Any]):
+        call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
+        self.places = [place for place in call if _holds_module(call[place])]
+        self.nodes = tuple(call[place] for place in self.places)
+        self.live = {p: i for i, p in enumerate(self.places) if p in wrt}
+        self.filters = [_under(i, wrt[place]) for place, i in self.live.items()]
+        others = [call[place] for place in self.places if place not in wrt]
+        live = [call[place] for place in self.live]
+        if others and _variables(others) & _variables(live):
+            raise ValueError(
+                "A module that is differentiated shares variables with an argument "
+                f"that is not. Differentiate all of {self.places}, or pass a copy."
+            )
+        self.graphdef, *lives, statistics, rest = nnx.split(
+            self.nodes, *self.filters, nnx.BatchStat, ...
+        )
+        for place in self.places:
+            call[place] = None
+        for (place, i), state in zip(self.live.items(), lives, strict=True):
+            check_some(state, self.nodes[i], wrt[place])
+            call[place] = state[i]
+        self.args = tuple(call[n] for n in range(len(args)))
+        self.kwargs = {name: call[name] for name in kwargs}
+        self.statistics, self.rest = nnx.as_pure(statistics), nnx.as_pure(rest)
+
+    def handing(
+        self, fun: Callable[..., Any], has_aux: bool, weighted: bool
+    ) -> Handing:
+        """`fun` as a function of `args`, `kwargs` and the state of the modules."""
+
+        def run(given: Given, rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+            call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
+            lives = [nnx.State({i: call[place]}) for place, i in self.live.items()]
+            nodes = nnx.merge(self.graphdef, *lives, given.statistics, rest)
+            call |= dict(zip(self.places, nodes, strict=True))
+            args = tuple(call[n] for n in range(len(args)))
+            out = fun(*args, **{name: call[name] for name in kwargs})
+            graphdef, *_, statistics, rest = nnx.split(
+                nodes, *self.filters, nnx.BatchStat, ...
+            )
+            loss = read_loss(out, has_aux=has_aux, weighted=weighted)
+            statistics, rest = nnx.as_pure(statistics), nnx.as_pure(rest)
+            _tree.check_same("state of the modules", rest, self.rest)
+            if graphdef != self.graphdef:
+                raise ValueError(
+                    "The loss changed a static attribute of a module, as eval() does, "
+                    "which cannot be handed on. Do it before."
+                )
+            return loss, statistics, rest
+
+        return Handing(Given(self.statistics), self.rest, run)
+
+    def write(self, handing: Handing, carried: Any, taken: Any) -> jax.Array:
+        """Writes what the last microbatch handed on, and returns the rows of all."""
+        momenta = momenta_of(self.nodes, self.statistics)
+        statistics, rest, rows = handing.settle(carried, momenta, taken)
+        nnx.update(self.nodes, statistics, rest)
+        return rows
+
+
+def _variables(nodes: list[Any]) -> set[int]:
+    return {id(x) for _, x in nnx.iter_graph(nodes) if isinstance(x, nnx.Variable)}
+
+
+def _holds_module(x: Any) -> bool:
+    return any(map(_is_node, jax.tree.leaves(x, is_leaf=_is_node)))
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, (nnx.Pytree, nnx.Variable))
+
+
+def _under(i: int, wrt: Any) -> Callable[[tuple, Any], bool]:
+    """The filter `wrt` for what is at the place i of a tuple."""
+    within = nnx.filterlib.to_predicate(wrt)
+    return lambda path, x: path[0] == i and within(path[1:], x)
+
+
+def check_some(state: Any, module: Any, wrt: Any) -> None:
+    if not jax.tree.leaves(state):
+        raise ValueError(
+            f"{type(module).__name__} has no variable for {wrt}. Pass the filter of "
+            "what to differentiate, such as nnx.Param."
+        )
+
+
+def momenta_of(nodes: Any, statistics: PyTree) -> tuple[float, ...]:
+    """What the modules of the running statistics have for a momentum."""
+    if not running.pairs(statistics):  # then without a walk through the whole model
+        return ()
+    modules = {tuple(map(str, path)): x for path, x in nnx.iter_graph(nodes)}
+    remedy = "Give that module an attribute `momentum`, as nnx.BatchNorm has"
+
+    def momentum(path: tuple[str, ...]) -> Any:
+        return getattr(modules.get(path), "momentum", None)
+
+    return running.check_momenta(statistics, momentum, "The model", remedy)
