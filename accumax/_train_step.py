@@ -1,28 +1,19 @@
 """Across calls, fused: parameters and state are touched only when a window closes."""
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from . import _tree
-from ._batch.arguments import Places, parameters, takes_any_keyword
-from ._batch.gradient import Backward, at_once, by_microbatch
-from ._batch.loss import Carrying
-from ._batch.outputs import check_aux_wanted, check_reductions
-from ._batch.scan import Loop
-from ._batch.split import split
-from ._devices.replicated import Axes, AxisNames, MeshLike, check_axes
-from ._devices.sharded import When, check_gather
+from ._batch.arguments import Places
+from ._batch.loss import stateless
+from ._devices.replicated import AxisNames, MeshLike
+from ._devices.sharded import When
+from ._step import Step
 from ._types import ArrayLike, PyTree
 from ._window.checks import check_flush
-from ._window.inner import OF_OPTAX
-from ._window.state import AccumulateState, gradient_of
-from ._window.window import Window, window_of
+from ._window.state import AccumulateState
+from ._window.window import window_of
 
 
 def apply_gradients(
@@ -90,9 +81,11 @@ def train_step(
     has_aux: bool = False,
     weighted: bool = False,
     microbatch_size: int | None = None,
+    microbatches: int | None = None,
     batch_argnums: Places = 1,
     rng_argnums: Places = (),
     aux: PyTree = "mean",
+    unroll: int | bool = 1,
     in_place: bool = True,
     reduce_axis: AxisNames | None = None,
     mesh: MeshLike | None = None,
@@ -135,7 +128,8 @@ def train_step(
         `accumax.value_and_grad` does it: the same update, at the memory of one of them.
         The loss must be a mean over its rows for the reduction "mean", and is taken for
         a sum over them under the others. Static.
-      batch_argnums, rng_argnums, aux: with `microbatch_size`, as for
+      microbatches: their number instead, which divides the rows. Static.
+      batch_argnums, rng_argnums, aux, unroll: with microbatches, as for
         `accumax.value_and_grad`: positions among `loss_fn`'s arguments, of which
         `params` is number 0. Static.
       in_place: False selects the twin that carries the gradient tree. Static.
@@ -182,134 +176,31 @@ def train_step(
         raise TypeError(
             f"loss_fn={loss_fn!r} must be a function (params, *args) -> loss."
         )
-    axes = _axes(window, reduce_axis, mesh)
-    gathered = check_gather(axes, gather, reduce, param_specs)
-    if gathered is not None and window.axes is not None:
-        raise ValueError(
-            f"{gather=} is for parameters that no device has whole, and an accumulate "
-            f"with reduce_axis={window.axes.names} keeps a whole sum on each. Leave "
-            "reduce_axis to train_step, which then reduces in every call."
-        )
-    carried = not in_place or window.accumulator.nonfinite != "propagate"
-    names, carries = set(parameters(loss_fn)), isinstance(loss_fn, Carrying)
-    any_name = not carries and takes_any_keyword(loss_fn)
-    if microbatch_size is None and axes is None:
-        # A loss that carries a state may weigh it by the rows of the batch.
-        places = 1 if carries else batch_argnums
-        if (places, rng_argnums, aux) != (1, (), "mean"):
-            raise ValueError(
-                f"{batch_argnums=}, {rng_argnums=} and {aux=} are for microbatches, "
-                "and there are none. Pass microbatch_size."
-            )
-
-        def backward_of(fun: Callable[..., Any]) -> Backward:
-            return at_once(fun, has_aux, weighted)
-
-    else:
-        accumulator = window.accumulator
-        loop = Loop(
-            losses=(loss_fn,),
-            has_aux=has_aux,
-            weighted=weighted,
-            mean=weighted or accumulator.reduction == "mean",
-            aux=[check_reductions(aux)],
-            in_place=in_place,
-            axes=axes,
-            gather=gathered,
-        )
-        check_aux_wanted(aux, has_aux)
-        count = 1 if microbatch_size is None else None
-        divide = split(microbatch_size, count, batch_argnums, rng_argnums)
-
-        def backward_of(fun: Callable[..., Any]) -> Backward:
-            here = dataclasses.replace(loop, losses=(fun,))
-            return by_microbatch(here, divide, accumulator, window.axes is not None)
+    step_of = Step(
+        weighted=weighted,
+        has_aux=has_aux,
+        microbatch_size=microbatch_size,
+        microbatches=microbatches,
+        batch_argnums=batch_argnums,
+        rng_argnums=rng_argnums,
+        aux=aux,
+        unroll=unroll,
+        in_place=in_place,
+        reduce_axis=reduce_axis,
+        mesh=mesh,
+        gather=gather,
+        reduce=reduce,
+        param_specs=param_specs,
+    )
+    step_of.check(window)
+    loss = stateless(loss_fn, has_aux=has_aux, weighted=weighted)
 
     def step(
-        params: PyTree,
-        opt_state: Any,
-        *args: Any,
-        weight: ArrayLike | None = None,
-        flush: ArrayLike = False,
-        **extra_args: Any,
+        params: PyTree, opt_state: Any, *args: Any, **extra_args: Any
     ) -> tuple[PyTree, AccumulateState, Any]:
-        window.check(opt_state, params=params)
-        flush = check_flush(flush)
-        if weighted and weight is not None:
-            raise TypeError(
-                f"weight={weight!r} was passed to a step made with weighted=True, "
-                "whose weight is what loss_fn returns. Pass one or the other."
-            )
-        if names & extra_args.keys():
-            raise TypeError(
-                f"The keyword arguments {sorted(names & extra_args.keys())} are named "
-                "like arguments of loss_fn, but keywords go to the optimizer. Pass "
-                "loss_fn's arguments by position: step(params, opt_state, batch, ...)."
-            )
-        window.check_names(extra_args, strict=True)
-        known = window.inner.names | set(window.accumulator.averaged_args) | OF_OPTAX
-        if any_name and extra_args.keys() - known:
-            raise TypeError(
-                f"The keyword arguments {sorted(extra_args.keys() - known)} go to the "
-                "optimizer, and loss_fn with its ** would not see them. Bind them "
-                "before, with functools.partial(loss_fn, ...)."
-            )
-        model, fun = gradient_of(params), loss_fn
-        live = _tree.differentiable(model)
-        if not carries and _leaves(live) != _leaves(opt_state.acc_grads):
-            # The state was made from a part of an Equinox module: the rest is fixed.
-            fun = _of_part(loss_fn, model)
-            model = _tree.trained(model, opt_state.acc_grads)
-        backward = backward_of(fun)
-        first, sums = opt_state.mini_step == 0, window.sums(opt_state)
-        if carried or weight is not None:
-            loss, grads, usable = backward.gradient(model, args)
-            add = functools.partial(window.add_own, grads=grads, summed=weighted)
-        else:
-            loss, grads, usable = backward.add(model, args, sums.grads, first)
-            sums, add = sums._replace(grads=grads), window.accumulator.tally
-        averaged = window.accumulator.averaged_args
-        if "value" in averaged or window.inner.takes("value"):
-            extra_args = {"value": loss.value} | extra_args
-        window.check(opt_state, extra_args)
-        items = loss.weight
-        if items is None:
-            items = window.weigh(weight)
-            if axes is not None and weight is not None:
-                items = axes.same("weight", items)
-        elif window.accumulator.nonfinite != "propagate":
-            items = jnp.where(usable, items, jnp.nan)  # all of the call, or nothing
-        sums, accepted = add(sums, weight=items, args=extra_args, first=first)
-
-        progress = window.progress(opt_state, accepted & usable, flush)
-        params, new_state = window.close(params, opt_state, sums, progress, extra_args)
-        out = (loss.value, loss.aux) if has_aux or carries else loss.value
-        return params, new_state, out
+        params, opt_state, out, _ = step_of(
+            window, loss, (), (), params, opt_state, args, extra_args
+        )
+        return params, opt_state, (out.value, out.aux) if has_aux else out.value
 
     return step
-
-
-def _of_part(loss_fn: Callable[..., Any], whole: PyTree) -> Callable[..., Any]:
-    """`loss_fn` of a part of its parameters; the others are those of `whole`."""
-
-    @functools.wraps(loss_fn)
-    def fun(part: PyTree, *args: Any) -> Any:
-        return loss_fn(_tree.restore(part, whole), *args)
-
-    return fun
-
-
-def _leaves(tree: PyTree) -> int:
-    return len(jax.tree.leaves(tree))
-
-
-def _axes(window: Window, reduce_axis: Any, mesh: Any) -> Axes | None:
-    axes = check_axes(reduce_axis, mesh)
-    if window.axes is None or axes is None:
-        return window.axes if axes is None else axes
-    if window.axes.names != axes.names:
-        raise ValueError(
-            f"reduce_axis={axes.names}, where the accumulate has reduce_axis="
-            f"{window.axes.names}. Pass the same, or pass it to the accumulate alone."
-        )
-    return axes if axes.mesh is not None else window.axes

@@ -1,27 +1,23 @@
 """Within a call: the big batch's gradient, one microbatch at a time."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from . import _tree
 from ._batch.arguments import Places, at, check_argnums
-from ._batch.loss import Carrying
-from ._batch.outputs import (
-    aux_specs,
-    check_aux_wanted,
-    check_each_reduction,
-    check_reductions,
-)
-from ._batch.scan import Loop, live_part
-from ._batch.split import Split, split
-from ._devices.replicated import Axes, AxisNames, MeshLike, check_axes
-from ._devices.sharded import When, check_gather, specs_of
-from ._sums import Sums, accumulator, usable
+from ._batch.gradient import Gradient
+from ._batch.loss import Call, StatefulLoss, stateless
+from ._batch.outputs import check_aux_wanted, check_each_reduction
+from ._batch.scan import Loop
+from ._batch.split import split
+from ._devices.replicated import AxisNames, MeshLike, check_axes
+from ._devices.sharded import When, check_gather
+from ._sums import Sums, accumulator
 from ._types import DTypeLike, PyTree
 
 Losses: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
@@ -162,123 +158,121 @@ def value_and_grad(
       place.
     """
     several = isinstance(fun, Sequence)
-    losses = tuple(fun) if several else (fun,)
-    carries = isinstance(fun, Carrying)
-    if not losses or not all(map(callable, losses)):
+    funs = tuple(fun) if several else (fun,)
+    if not funs or not all(map(callable, funs)):
         raise TypeError(
             f"{fun=} must be a loss function, or a sequence of at least one."
         )
+    gradient = gradients(
+        argnums,
+        has_aux,
+        losses=len(funs) if several else None,
+        microbatch_size=microbatch_size,
+        microbatches=microbatches,
+        batch_argnums=batch_argnums,
+        rng_argnums=rng_argnums,
+        weighted=weighted,
+        reduction=reduction,
+        aux=aux,
+        accumulator_dtype=accumulator_dtype,
+        unroll=unroll,
+        in_place=in_place,
+        reduce_axis=reduce_axis,
+        mesh=mesh,
+        gather=gather,
+        reduce=reduce,
+        param_specs=param_specs,
+    )
+    losses = tuple(stateless(f, has_aux=has_aux, weighted=weighted) for f in funs)
+
+    @functools.wraps(funs[0], updated=())
+    def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+        return gradient(losses, (), (), args, kwargs)[1]
+
+    return value_and_grad_fun
+
+
+def gradients(
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    losses: int | None = None,
+    microbatch_size: int | None = None,
+    microbatches: int | None = None,
+    batch_argnums: Places = 1,
+    rng_argnums: Places = (),
+    weighted: bool = False,
+    reduction: Literal["mean", "sum"] = "mean",
+    aux: PyTree = "mean",
+    accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
+    unroll: int | bool = 1,
+    in_place: bool = True,
+    reduce_axis: AxisNames | None = None,
+    mesh: MeshLike | None = None,
+    gather: When | None = None,
+    reduce: When | None = None,
+    param_specs: PyTree = None,
+) -> Callable[..., tuple[PyTree, tuple[Any, PyTree]]]:
+    """`value_and_grad` of losses that are only known at the call, and have a state.
+
+    Args:
+      losses: their number, None for one that is not in a sequence.
+      others: as for `value_and_grad`.
+
+    Returns:
+      `(losses, given, state, args, kwargs) -> (state, result)`, with a tuple of
+      `StatefulLoss`.
+    """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'{reduction=} must be "mean" or "sum".')
     divide = split(microbatch_size, microbatches, batch_argnums, rng_argnums, unroll)
     positions = check_argnums(argnums)
     several_args = not hasattr(argnums, "__index__")
+    count = len(positions) if several_args else None
     axes = check_axes(reduce_axis, mesh)
-    gathering = check_gather(axes, gather, reduce, param_specs)
     accumulated = accumulator(reduction=reduction, dtype=accumulator_dtype)
     loop = Loop(
-        losses=losses,
-        has_aux=has_aux,
+        losses=(),
         weighted=weighted,
         mean=reduction == "mean",
-        aux=check_each_reduction(aux, losses) if several else [check_reductions(aux)],
+        aux=check_each_reduction(aux, losses),
         in_place=in_place,
         axes=axes,
-        gather=gathering,
+        gather=check_gather(axes, gather, reduce, param_specs, count),
     )
     check_aux_wanted(aux, has_aux)
-    seeded = reduction == "mean" and not weighted
 
-    def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
-        carried, args = (args[0], args[1:]) if carries else (None, args)
-        places = at(positions, args)
-        for n in places:
+    def run(
+        stateful: tuple[StatefulLoss, ...],
+        given: PyTree,
+        state: PyTree,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple[PyTree, tuple[Any, PyTree]]:
+        call = Call(args, kwargs, at(positions, args), given, state)
+        for n, live in zip(call.argnums, call.live, strict=True):
             _tree.check_parameters(f"Argument {n}", args[n])
-            if jax.tree.leaves(args[n]) and not jax.tree.leaves(live_part(args[n])):
+            if jax.tree.leaves(args[n]) and not jax.tree.leaves(live):
                 raise TypeError(
                     f"Argument {n}, which is differentiated, holds no floating-point "
                     f"number: {_tree.outline(args[n])}."
                 )
-        cuts = None
-        if gathering is not None:
-            specs = gathering.specs
-            each = (
-                specs if several_args and specs is not None else [specs] * len(places)
-            )
-            cuts = tuple(
-                gathering.cuts(args[n], x) for n, x in zip(places, each, strict=True)
-            )
-            if gathering.automatic:
-                return run(loop.on_one, divide, places, cuts, carried, args, kwargs)
-        if axes is None or axes.inside:
-            return run(loop, divide, places, cuts, carried, args, kwargs)
-        for n in places if cuts is None else ():
-            axes.check_whole(f"Argument {n}", args[n])
-        # Numbers as arrays, which have a type that says where they are.
-        live = {n: _tree.restore(live_part(args[n]), args[n]) for n in places}
-        args = tuple(live.get(n, x) for n, x in enumerate(args))
-        own, by_place, named = divide.over(axes, losses[0], args, kwargs)
-        grads = PartitionSpec()
-        if cuts is not None:
-            by_place = list(by_place)
-            for n, cut in zip(places, cuts, strict=True):
-                by_place[n] = specs_of(cut, args[n])
-            grads = tuple(map(specs_of, cuts))
-            grads = grads if several_args else grads[0]
-        return axes.map(
-            functools.partial(run, loop, own, places, cuts),
-            (carried, args, kwargs),
-            (PartitionSpec(), tuple(by_place), named),
-            out_specs(axes, grads),
-        )
+        here = dataclasses.replace(loop, losses=stateful)
+        out = Gradient(here, divide, accumulated)(call)
+        grads, _ = accumulated.result(Sums(out.grads, out.weight, {}))
 
-    def run(
-        loop: Loop,
-        divide: Split,
-        places: tuple[int, ...],
-        cuts: tuple[PyTree, ...] | None,
-        carried: PyTree,
-        args: tuple,
-        kwargs: dict[str, Any],
-    ) -> tuple[Any, PyTree]:
-        parts = divide.parts(losses[0], places, args, kwargs, loop.axes)
-        live = tuple(live_part(args[n]) for n in places)
-        out = loop.run(
-            args,
-            places,
-            parts,
-            placed(loop.zeros(accumulated, live, cuts), cuts),
-            seed=lambda rows: rows / parts.unit if seeded else 1.0,
-            # One that cannot be is not refused: there is no state to count it in.
-            counted=lambda weight: jnp.where(usable(weight), weight, jnp.nan),
-            carried=carried,
-            cuts=cuts,
-        )
-        sums = placed(loop.total(out.grads, cuts), cuts)
-        grads, _ = accumulated.result(Sums(sums, out.weight, {}))
-        grads = _tree.cast_like(grads, live)
+        def seen(x: jax.Array) -> jax.Array:
+            # No state could count a weight that cannot be: the result says it.
+            return jnp.where(out.accepted, x, jnp.nan) if weighted else x
 
-        values = tuple(loss.value for loss in out.losses)
+        grads = _tree.cast_like(jax.tree.map(seen, grads), call.live)
+        values = tuple(seen(loss.value) for loss in out.losses)
         auxs = tuple(loss.aux for loss in out.losses)
-        value, aux = (values, auxs) if several else (values[0], auxs[0])
-        result = (
-            (value, aux) if has_aux else value,
-            grads if several_args else grads[0],
-        )
-        return (out.carried, result) if carries else result
+        value, aux = (values[0], auxs[0]) if losses is None else (values, auxs)
+        result = (value, aux) if has_aux else value
+        return out.state, (result, grads if several_args else grads[0])
 
-    def placed(sums: PyTree, cuts: PyTree) -> PyTree:
-        if gathering is None or not gathering.automatic:
-            return sums
-        return gathering.placed(sums, cuts)
-
-    def out_specs(axes: Axes, grads: PyTree) -> Any:
-        everywhere = PartitionSpec()
-        each = tuple(aux_specs(how, axes) for how in loop.aux)
-        value = (everywhere, each if several else each[0]) if has_aux else everywhere
-        return (everywhere, (value, grads)) if carries else (value, grads)
-
-    return functools.wraps(losses[0], updated=())(value_and_grad_fun)
+    return run
 
 
 def grad(

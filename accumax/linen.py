@@ -7,22 +7,20 @@ from typing import Any, Self, cast
 import jax.numpy as jnp
 import optax
 from flax import struct
-from flax.core import FrozenDict, freeze
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
-from . import _train_step, _tree
+from . import _tree
 from ._accumulate import accumulating, flush
 from ._batch.arguments import Places, check_names, check_no_key, check_places
-from ._batch.loss import read_loss, split_aux
-from ._batch.split import fold_in
 from ._flax import statistics as running
 from ._flax.average import ema as ema
-from ._flax.loss import Given, Handing
+from ._flax.fields import STATISTICS, Fields, frozen_as
+from ._step import Step
+from ._train_step import apply_gradients
 from ._types import ArrayLike, PyTree, Schedule
 from ._window.state import AccumulateState, accepted
-
-STATISTICS = "batch_stats"  # Flax's name for the collection of running statistics
+from ._window.window import window_of
 
 
 class TrainState(train_state.TrainState):
@@ -151,7 +149,7 @@ class TrainState(train_state.TrainState):
             overwritten[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]
             grads = grads["params"]
         statistics = self._check(kwargs.pop(STATISTICS, None))
-        params, opt_state = _train_step.apply_gradients(
+        params, opt_state = apply_gradients(
             self.tx,
             _optimized(self.params),
             self.opt_state,
@@ -188,12 +186,8 @@ class TrainState(train_state.TrainState):
         rngs: tuple[str, ...] = (),
         has_aux: bool = False,
         weighted: bool = False,
-        microbatch_size: int | None = None,
         batch_argnums: Places = 1,
-        rng_argnums: Places = (),
-        aux: PyTree = "mean",
-        in_place: bool = True,
-        **devices: Any,
+        **options: Any,
     ) -> Callable[..., tuple[Self, Any]]:
         """`accumax.train_step` for a state: no gradient tree.
 
@@ -208,13 +202,13 @@ class TrainState(train_state.TrainState):
           rngs: the same for fields that are PRNG keys, or trees of them. They stay in
             the state as they are, and each call and microbatch gets keys of its own,
             by `jax.random.fold_in` with `microstep` and with the microbatch's index.
-          has_aux, weighted, microbatch_size, rng_argnums, aux, in_place: as for
-            `accumax.train_step`.
+          has_aux, weighted: as for `accumax.train_step`.
           batch_argnums: also says, if `batch_stats` is mutable, where the rows are by
             whose number it is weighed.
-          **devices: `reduce_axis` and what goes with it, as for `accumax.train_step`.
-            Statistics are those of all devices' rows, and keys differ by device; of
-            other mutable fields the last device's are kept.
+          **options: as for `accumax.train_step`: `microbatch_size` and what goes with
+            it, `in_place`, `reduce_axis` and what goes with that. Statistics are then
+            those of all devices' rows, and keys differ by device; of other mutable
+            fields the last device's are kept.
 
         Returns:
           `step(state, *args, **extra_args) -> (state, loss)`, or `(state, (loss,
@@ -255,56 +249,33 @@ class TrainState(train_state.TrainState):
         read, kept, keys = check_names(fields=fields, mutable=mutable, rngs=rngs)
         pooled = STATISTICS in kept
         places = check_places("batch_argnums", batch_argnums)
+        run_step = Step(
+            has_aux=has_aux,
+            weighted=weighted,
+            batch_argnums=batch_argnums,
+            by_rows=True,
+            **options,
+        )
+        handed = Fields(read, kept, keys, has_aux, weighted, run_step.divided)
 
         def step(state: Any, *args: Any, **extra_args: Any) -> tuple[Self, Any]:
             _check_fields(state, (*read, *kept, *keys))
-            for name in read if microbatch_size is not None else ():
+            for name in read if run_step.divided else ():
                 check_no_key(name, getattr(state, name))
             if _has_overwritten(state.params):
                 raise TypeError(
                     f"state.params has {OVERWRITE_WITH_GRADIENT!r}, whose gradients "
                     "are new values and not to be added up. Use apply_gradients."
                 )
-            own = {name: getattr(state, name) for name in read}
-            fold = functools.partial(fold_in, i=state.microstep)
-            folded = {name: fold(getattr(state, name)) for name in keys}
-            statistics = getattr(state, STATISTICS) if pooled else {}
-            state._check(statistics if pooled else None)
-
-            def run(
-                given: Given, rest: Any, args: tuple, kwargs: dict[str, Any]
-            ) -> Any:
-                (others, i), here = rest, given.fields | given.keys
-                if microbatch_size is not None:
-                    here |= {name: fold_in(here[name], i) for name in keys}
-                here |= others | ({STATISTICS: given.statistics} if pooled else {})
-                out = loss_fn(*args, **kwargs, **here)
-                form = has_aux or bool(kept)
-                loss = read_loss(out, has_aux=form, weighted=weighted)
-                new, aux = split_aux(loss.aux, kept, has_aux)
-                others = {name: new[name] for name in others}
-                loss = loss._replace(aux=aux)
-                statistics_ = _like(new[STATISTICS], statistics) if pooled else {}
-                return loss, statistics_, (others, i + 1)
-
-            rest = {n: getattr(state, n) for n in kept if n != STATISTICS}
-            given = Given(statistics, own, folded)
-            handing = Handing(given, (rest, jnp.zeros((), jnp.int32)), run)
-            carrying, first = handing.carrying(loss_fn, places)
-            core = _train_step.train_step(
-                carrying,
-                state.tx,
-                has_aux=has_aux,
-                weighted=weighted,
-                microbatch_size=microbatch_size,
-                batch_argnums=batch_argnums,
-                rng_argnums=rng_argnums,
-                aux=aux,
-                in_place=in_place,
-                **devices,
-            )
-            params, opt_state, (loss, (carried, extra)) = core(
-                state.params, state.opt_state, first, *args, **extra_args
+            statistics = state._check(getattr(state, STATISTICS) if pooled else None)
+            handing = handed.handing(state, statistics, loss_fn)
+            params, opt_state, loss, carried = run_step(
+                window_of(state.tx, "train_step"),
+                *handing.stateful(loss_fn, places),
+                state.params,
+                state.opt_state,
+                args,
+                extra_args,
             )
             momenta = state.momentum if pooled else ()
             statistics, (new, _), rows = handing.settle(
@@ -318,7 +289,7 @@ class TrainState(train_state.TrainState):
                 called=True,
                 **new,
             )
-            return state, ((loss, extra) if has_aux else loss)
+            return state, ((loss.value, loss.aux) if has_aux else loss.value)
 
         return step
 
@@ -335,7 +306,7 @@ class TrainState(train_state.TrainState):
                 "momentum=... to TrainState.create."
             )
         own = getattr(self, STATISTICS)
-        statistics = _like(statistics, own)
+        statistics = frozen_as(statistics, own)
         _tree.check_same(STATISTICS, statistics, own)
         return statistics
 
@@ -383,12 +354,6 @@ def _check_fields(state: Any, names: tuple[str, ...]) -> None:
                 f"Add it: `class State(accumax.linen."
                 f"TrainState): {name}: Any`."
             )
-
-
-def _like(new: PyTree, old: PyTree) -> PyTree:
-    """`new`, frozen if `old` is: `apply` gives a plain dict for either."""
-    frozen = isinstance(old, FrozenDict) and not isinstance(new, FrozenDict)
-    return freeze(new) if frozen else new
 
 
 def _has_overwritten(params: PyTree) -> bool:

@@ -9,14 +9,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from . import _train_step, _tree, _value_and_grad
+from . import _tree, _value_and_grad
 from ._accumulate import accumulating, flush
 from ._batch.arguments import Places, at, check_argnums, check_places
 from ._flax import statistics as running
 from ._flax.average import ema as ema
 from ._flax.modules import Modules, check_some, momenta_of
+from ._step import Step
+from ._train_step import apply_gradients
 from ._types import ArrayLike, PyTree, Schedule
 from ._window.state import AccumulateState, accepted
+from ._window.window import window_of
 
 
 class Optimizer(nnx.Optimizer):
@@ -99,7 +102,7 @@ class Optimizer(nnx.Optimizer):
           flush: () bool, close the window with this call.
           **kwargs: what the optimizer takes, such as `value=loss`.
         """
-        params, after = _train_step.apply_gradients(
+        params, after = apply_gradients(
             self.tx,
             nnx.as_pure(nnx.state(model, self.wrt)),
             nnx.as_pure(self.opt_state),
@@ -151,7 +154,6 @@ def train_step(
     *,
     has_aux: bool = False,
     weighted: bool = False,
-    microbatch_size: int | None = None,
     batch_argnums: Places = 1,
     **options: Any,
 ) -> Callable[..., Any]:
@@ -165,8 +167,8 @@ def train_step(
     Args:
       loss_fn: `(model, *args) -> loss`; other arguments may be or hold modules too, or
         `nnx.Rngs`. They must keep their structure.
-      has_aux, weighted, microbatch_size, **options: as for `accumax.train_step`:
-        `rng_argnums`, `aux` and `in_place`. Static, as is `batch_argnums`.
+      has_aux, weighted, **options: as for `accumax.train_step`: `microbatch_size` and
+        what goes with it, `in_place`, `reduce_axis`. Static, as is `batch_argnums`.
       batch_argnums: says also, if there is a `BatchStat`, where the rows are by whose
         number it is weighed.
 
@@ -192,6 +194,13 @@ def train_step(
     if not callable(loss_fn):
         raise TypeError(f"{loss_fn=} must be a function (model, *args) -> loss.")
     places = check_places("batch_argnums", batch_argnums)
+    run = Step(
+        has_aux=has_aux,
+        weighted=weighted,
+        batch_argnums=batch_argnums,
+        by_rows=True,
+        **options,
+    )
 
     def step(model: Any, optimizer: Any, *args: Any, **extra_args: Any) -> Any:
         if not isinstance(optimizer, Optimizer):
@@ -201,23 +210,18 @@ def train_step(
             _tree.check_same("BatchStat of the model", base, nnx.as_pure(pool).found)
         modules = Modules((model, *args), {}, {0: optimizer.wrt})
         handing = modules.handing(loss_fn, has_aux, weighted)
-        carrying, first = handing.carrying(loss_fn, places)
-        run = _train_step.train_step(
-            carrying,
-            optimizer.tx,
-            has_aux=has_aux,
-            weighted=weighted,
-            microbatch_size=microbatch_size,
-            batch_argnums=batch_argnums,
-            **options,
-        )
         before, (params, *others) = nnx.as_pure(optimizer.opt_state), modules.args
-        params, after, (loss, (carried, rest)) = run(
-            nnx.as_pure(params), before, first, *others, **extra_args
+        params, after, loss, carried = run(
+            window_of(optimizer.tx, "train_step"),
+            *handing.stateful(loss_fn, places),
+            nnx.as_pure(params),
+            before,
+            tuple(others),
+            extra_args,
         )
         rows = modules.write(handing, carried, accepted(before, after))
         optimizer._after(model, params, after, rows, base)
-        return (loss, rest) if has_aux else loss
+        return (loss.value, loss.aux) if has_aux else loss.value
 
     return step
 
@@ -267,14 +271,13 @@ def value_and_grad(
         for x in (argnums if several else (argnums,))
     ]
     positions = check_argnums([x.argnum for x in states])
-    core = functools.partial(
-        _value_and_grad.value_and_grad,
-        has_aux=has_aux,
+    run = _value_and_grad.gradients(
+        positions if several else positions[0],
+        has_aux,
         weighted=weighted,
         batch_argnums=batch_argnums,
         **options,
     )
-    core(f, positions)  # checks the options
 
     @functools.wraps(f)
     def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
@@ -282,9 +285,8 @@ def value_and_grad(
         wrt = {n: x.filter for n, x in zip(live, states, strict=True)}
         modules = Modules(args, kwargs, wrt)
         handing = modules.handing(f, has_aux, weighted)
-        carrying, first = handing.carrying(f, places)
-        run = core(carrying, live if several else live[0])
-        carried, result = run(first, *modules.args, **modules.kwargs)
+        loss, given, state = handing.stateful(f, places)
+        carried, result = run((loss,), given, state, modules.args, modules.kwargs)
         modules.write(handing, carried, True)
         return result
 

@@ -16,6 +16,7 @@ PACKAGE = pathlib.Path(accumax.__file__).parent
 # go one way: from the doors to _batch and _window, to _devices, to _xla and _sums, to
 # _tree, to _types.
 LEAST = "_tree", "_types"
+FORMS = "_accumulate", "_train_step"
 ARROWS = {
     "_types": set(),
     "_tree": {"_types"},
@@ -25,18 +26,14 @@ ARROWS = {
     "_batch": {"_devices", "_xla", "_sums", *LEAST},
     "_window": {"_devices", "_xla", "_sums", *LEAST},
     "_accumulate": {"_window", "_devices", "_sums", "_types"},
-    "_train_step": {"_batch", "_window", "_devices", *LEAST},
+    "_step": {"_batch", "_window", "_devices", *LEAST},
+    "_train_step": {"_step", "_batch", "_devices", "_window", "_types"},
     "_value_and_grad": {"_batch", "_devices", "_sums", *LEAST},
     "_microbatch": {"_batch", "_xla", "_sums", *LEAST},
     "_flax": {"_accumulate", "_batch", "_window", "_devices", "_xla", *LEAST},
-    "linen": {"_accumulate", "_train_step", "_flax", "_batch", "_window", *LEAST},
-    "nnx": {
-        *("_accumulate", "_train_step", "_value_and_grad", "_flax", "_batch"),
-        *("_window", *LEAST),
-    },
-    "__init__": {
-        *("_accumulate", "_train_step", "_value_and_grad", "_microbatch", "_window"),
-    },
+    "linen": {*FORMS, "_step", "_flax", "_batch", "_window", *LEAST},
+    "nnx": {*FORMS, "_value_and_grad", "_step", "_flax", "_batch", "_window", *LEAST},
+    "__init__": {*FORMS, "_value_and_grad", "_microbatch", "_window"},
 }
 # What a room may import from outside. Flax is for accumax.linen, accumax.nnx and what
 # these alone import.

@@ -19,6 +19,7 @@ from problems import (
 
 import accumax
 
+SGD = optax.sgd(0.1)
 BOTH = pytest.mark.parametrize("in_place", [True, False])
 
 
@@ -68,6 +69,19 @@ def test_microbatches_change_the_memory_and_nothing_else(
     np.testing.assert_allclose(got[2], want[2], rtol=1e-5)
     for name in ("mini_step", "gradient_step", "acc_weight", "emitted", "skipped"):
         assert getattr(got[1], name) == getattr(want[1], name)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_number_of_microbatches_and_unrolling_change_nothing(weighted):
+    fun, tx = weighted_loss_fn if weighted else loss_fn, accumax.accumulate(SGD, 2)
+    parts = calls(1, (12, 12))
+    want, *_ = run(fun, tx, parts, weighted=weighted, microbatch_size=4)
+    for options in ({"microbatches": 3}, {"microbatch_size": 4, "unroll": True}):
+        got, _, outs = run(fun, tx, parts, weighted=weighted, **options)
+        assert distance(got, want) < 1e-6
+        assert len(outs) == 2
+    with pytest.raises(ValueError, match="exactly one of microbatch_size"):
+        run(fun, tx, parts, weighted=weighted, microbatch_size=4, microbatches=3)
 
 
 @BOTH

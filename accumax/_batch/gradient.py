@@ -1,4 +1,4 @@
-"""The backward pass of a call, into an accumulator that is there already or not."""
+"""The gradient of one call: split, scan over microbatches, sum over devices."""
 
 import dataclasses
 import functools
@@ -13,194 +13,167 @@ from .. import _tree
 from .._devices.replicated import Axes, on_first, stacked, unstacked
 from .._devices.sharded import Gather, specs_of
 from .._sums import Accumulator, counts
-from .._types import ArrayLike, PyTree
+from .._types import PyTree
 from .._xla.loops import reset
 from .._xla.refs import add_backward
-from .loss import Carrying, Loss, read_loss
+from .loss import Call, Loss, StatefulLoss
 from .outputs import aux_specs
-from .scan import Loop, live_part
+from .scan import Loop, Outcome
 from .split import Split
 
 
-class Backward(NamedTuple):
-    """The backward pass of a call. The loss that comes with it is a mean if weighted.
+class Begun(NamedTuple):
+    """Sums to add a gradient to, in place.
 
     Attributes:
-      gradient: `(model, args) -> (loss, grads, usable)`; usable, () bool: false if a
-        microbatch was left out for its weight.
-      add: `(model, args, sums, first) -> (loss, sums, usable)`: in place.
+      sums: a tree for each argument that is differentiated.
+      first: () bool, a window opens: what they hold is not to be read.
     """
 
-    gradient: Callable[[PyTree, tuple], tuple[Loss, PyTree, ArrayLike]]
-    add: Callable[..., tuple[Loss, PyTree, ArrayLike]]
+    sums: tuple[PyTree, ...]
+    first: jax.Array
 
 
-def at_once(loss_fn: Callable[..., Any], has_aux: bool, weighted: bool) -> Backward:
-    carries = isinstance(loss_fn, Carrying)
+def at_once(loss: StatefulLoss, call: Call, begun: Begun | None = None) -> Outcome:
+    """The gradient of a call that is not divided, for its one argument.
 
-    def of(model: PyTree, args: tuple) -> Callable[[PyTree], tuple[jax.Array, Any]]:
-        def fun(live: PyTree) -> tuple[jax.Array, Any]:
-            here = _tree.restore(live, model)
-            # What is carried comes first.
-            call = (args[0], here, *args[1:]) if carries else (here, *args)
-            out = loss_fn(*call)
-            loss = read_loss(out, has_aux=has_aux or carries, weighted=weighted)
-            taken = None if loss.weight is None else counts(loss.weight)
-            return loss.value, (taken, loss._replace(value=loss.mean()))
+    Without sums that have begun it is a tree of its own, of the parameters' dtypes.
+    """
+    (n,), (live,) = call.argnums, call.live
 
-        return fun
+    def fun(live: PyTree) -> tuple[jax.Array, Any]:
+        args = list(call.args)
+        args[n] = _tree.restore(live, args[n])
+        out, state = loss.run(call.given, call.state, tuple(args), call.kwargs)
+        taken = None if out.weight is None else counts(out.weight)
+        return out.value, (taken, (out._replace(value=out.mean()), state))
 
-    def gradient(model: PyTree, args: tuple) -> tuple[Loss, PyTree, ArrayLike]:
-        live = live_part(model)
-        value, vjp, (_, loss) = jax.vjp(of(model, args), live, has_aux=True)
-        return loss, vjp(jnp.ones_like(value))[0], True
-
-    def add(
-        model: PyTree, args: tuple, sums: PyTree, first: jax.Array
-    ) -> tuple[Loss, PyTree, ArrayLike]:
-        loss, sums = add_backward(of(model, args), live_part(model), sums, first)
-        return loss, sums, True
-
-    return Backward(gradient, add)
-
-
-def by_microbatch(
-    loop: Loop, divide: Split, accumulator: Accumulator, apart: bool
-) -> Backward:
-    """`apart`: what devices have is not added up here, but a first axis has it all."""
-    if loop.axes is not None:
-        over = _OverDevices(loop, loop.axes, loop.gather, divide, accumulator, apart)
-        return over.backward()
-
-    def gradient(model: PyTree, args: tuple) -> tuple[Loss, PyTree, ArrayLike]:
-        return _run(loop, divide, model, args, loop.zeros(accumulator, model, None))
-
-    def add(
-        model: PyTree, args: tuple, sums: PyTree, first: jax.Array
-    ) -> tuple[Loss, PyTree, ArrayLike]:
-        return _run(loop, divide, model, args, reset(sums, first)[0])
-
-    return Backward(gradient, add)
-
-
-def _run(
-    loop: Loop,
-    divide: Split,
-    model: PyTree,
-    args: tuple,
-    grads: PyTree,
-    cuts: PyTree = None,
-) -> tuple[Loss, PyTree, ArrayLike]:
-    carried, args = (args[0], args[1:]) if loop.carries else (None, args)
-    call = model, *args
-    parts = divide.parts(loop.losses[0], (0,), call, {}, loop.axes)
-    rows = parts.rows * (1 if loop.axes is None else loop.axes.count)
-    # The call stands for what it would without microbatches: for one mean.
-    averaged = loop.mean and not loop.weighted
-
-    def seed(own: int) -> float:
-        return own / rows if averaged else 1.0
-
-    out = loop.run(
-        call,
-        (0,),
-        parts,
-        (grads,),
-        seed=seed,
-        counted=lambda weight: jnp.where(counts(weight), weight, 0),
-        carried=carried,
-        cuts=None if cuts is None else (cuts,),
-    )
-    (loss,) = out.losses
-    if loop.carries:
-        loss = loss._replace(aux=(out.carried, loss.aux))
-    return loss, out.grads[0], out.accepted
+    if begun is None:
+        value, vjp, (_, (out, state)) = jax.vjp(fun, live, has_aux=True)
+        grads = vjp(jnp.ones_like(value))[0]
+    else:
+        (out, state), grads = add_backward(fun, live, begun.sums[0], begun.first)
+    # Its weight is for the window to refuse.
+    return Outcome([out], (grads,), jnp.ones(()), jnp.bool_(True), state)
 
 
 @dataclasses.dataclass(frozen=True)
-class _OverDevices:
-    """A call whose rows are divided over devices, and then into microbatches."""
+class Gradient:
+    """How the gradient of a call is computed that is divided into microbatches.
+
+    Attributes:
+      loop: the losses and what is done with each microbatch.
+      divide: which rows go together.
+      accumulated: the accumulator.
+      whole: the call stands for one mean, so that the weights of its rows sum to 1.
+        Else a microbatch weighs 1, or less, and the caller divides by `Outcome.weight`.
+      apart: what devices have is not added up here, but a first axis has it all.
+    """
 
     loop: Loop
-    axes: Axes
-    gather: Gather | None
     divide: Split
-    accumulator: Accumulator
-    apart: bool
+    accumulated: Accumulator
+    whole: bool = False
+    apart: bool = False
 
-    def backward(self) -> Backward:
-        return Backward(
-            functools.partial(self._map, self._gradient),
-            functools.partial(self._map, self._add),
-        )
-
-    def _map(
-        self, fun: Callable[..., Any], model: PyTree, args: tuple, *sums: Any
-    ) -> tuple[Loss, PyTree, ArrayLike]:
-        loop, axes, gather = self.loop, self.axes, self.gather
-        same: Any = PartitionSpec()
-        cuts, models, grads = None, same, axes.rows if self.apart else same
+    def __call__(self, call: Call, begun: Begun | None = None) -> Outcome:
+        """The gradient of `call`, added to the sums that have begun, if any."""
+        loop, axes, gather = self.loop, self.loop.axes, self.loop.gather
+        cuts = None
         if gather is not None:
-            cuts = gather.cuts(model, gather.specs)
-            models, grads = specs_of(cuts, model), specs_of(cuts)
+            cuts = gather.cuts_of(call.args, call.argnums)
             if gather.automatic:
-                backward = by_microbatch(
-                    loop.on_one, self.divide, self.accumulator, False
-                )
-                run = backward.add if sums else backward.gradient
-                loss, new, usable = run(model, args, *sums)
-                return loss, gather.placed(new, cuts), usable
-        if axes.inside:
-            return fun(self.divide, cuts, model, args, *sums)
-        if cuts is None:
-            axes.check_whole("params", model)
-        call = (model, *args[loop.carries :])
-        own, (_, *rows), _ = self.divide.over(axes, loop.losses[0], call, {})
-        rows = (same,) * loop.carries + tuple(rows)
+                alone = dataclasses.replace(self, loop=loop.on_one)
+                return alone._run(call, begun, cuts, gather)
+        if axes is None or axes.inside:
+            return self._run(call, begun, cuts)
+        return self._over(axes, call, begun, cuts)
 
-        def on_device(model: PyTree, args: tuple, *sums: Any) -> Any:
-            if self.apart and sums:
-                sums = (unstacked(sums[0]), *sums[1:])
-            loss, new, usable = fun(own, cuts, model, args, *sums)
-            return loss, stacked(new) if self.apart else new, usable
-
-        aux = aux_specs(loop.aux[0], axes)
-        losses = Loss(same, same, (same, aux) if loop.carries else aux)
-        specs = (models, rows, *(grads, same)[: len(sums)])
-        return axes.map(on_device, (model, args, *sums), specs, (losses, grads, same))
-
-    def _gradient(self, divide: Split, cuts: PyTree, model: PyTree, args: tuple) -> Any:
-        loss, grads, usable = _run(
-            self.loop,
-            divide,
-            model,
-            args,
-            self.loop.zeros(self.accumulator, model, cuts),
-            cuts,
-        )
-        return loss, self._total(grads, cuts), usable
-
-    def _add(
+    def _over(
         self,
-        divide: Split,
-        cuts: PyTree,
-        model: PyTree,
-        args: tuple,
-        sums: PyTree,
-        first: jax.Array,
-    ) -> Any:
-        sums, _ = reset(sums, first)
-        axes, gather = self.axes, self.gather
-        if gather is not None and gather.reduce == "once":
-            loss, grads, usable = self._gradient(divide, cuts, model, args)
-            return loss, jax.tree.map(jnp.add, sums, grads), usable
-        # What is there already is counted on one device: so no second tree is needed.
-        if gather is not None:
-            sums = gather.begun(sums, cuts)
-        elif not self.apart:
-            sums = jax.tree.map(lambda s: on_first(s, axes.names), sums)
-        loss, sums, usable = _run(self.loop, divide, model, args, sums, cuts)
-        return loss, self._total(sums, cuts), usable
+        axes: Axes,
+        call: Call,
+        begun: Begun | None,
+        cuts: tuple[PyTree, ...] | None,
+    ) -> Outcome:
+        """The same on each device, in a `jax.shard_map`."""
+        for n in call.argnums if cuts is None else ():
+            axes.check_whole(f"Argument {n}", call.args[n])
+        # Numbers as arrays, which have a type that says where they are.
+        pairs = zip(call.argnums, call.live, strict=True)
+        live = {n: _tree.restore(x, call.args[n]) for n, x in pairs}
+        args = tuple(live.get(n, x) for n, x in enumerate(call.args))
+        source = self.loop.losses[0].source
+        own, by_place, named = self.divide.over(axes, source, args, call.kwargs)
+        same: Any = PartitionSpec()
+        grads = (axes.rows if self.apart else same,) * len(call.argnums)
+        if cuts is not None:
+            by_place = list(by_place)
+            for n, cut in zip(call.argnums, cuts, strict=True):
+                by_place[n] = specs_of(cut, args[n])
+            grads = tuple(map(specs_of, cuts))
 
-    def _total(self, sums: PyTree, cuts: PyTree) -> PyTree:
-        return sums if self.apart else self.loop.total(sums, cuts)
+        def on_device(
+            args: tuple, kwargs: Any, given: Any, state: Any, begun: Begun | None
+        ) -> Outcome:
+            here = dataclasses.replace(
+                call, args=args, kwargs=kwargs, given=given, state=state
+            )
+            if self.apart and begun is not None:
+                begun = begun._replace(sums=tuple(map(unstacked, begun.sums)))
+            out = dataclasses.replace(self, divide=own)._run(here, begun, cuts)
+            if self.apart:
+                out = out._replace(grads=tuple(map(stacked, out.grads)))
+            return out
+
+        losses = [Loss(same, same, aux_specs(how, axes)) for how in self.loop.aux]
+        return axes.map(
+            on_device,
+            (args, call.kwargs, call.given, call.state, begun),
+            (tuple(by_place), named, same, same, begun and Begun(grads, same)),
+            Outcome(losses, grads, same, same, same),
+        )
+
+    def _run(
+        self,
+        call: Call,
+        begun: Begun | None,
+        cuts: tuple[PyTree, ...] | None,
+        placing: Gather | None = None,
+    ) -> Outcome:
+        """On one device or on each; `placing`: XLA divides it as the parameters are."""
+        loop, axes, gather = self.loop, self.loop.axes, self.loop.gather
+        source = loop.losses[0].source
+        parts = self.divide.parts(source, call.argnums, call.args, call.kwargs, axes)
+        unweighted = loop.mean and not loop.weighted
+        unit = parts.unit
+        if self.whole:
+            unit = parts.rows * (1 if axes is None else axes.count)
+        total = functools.partial(loop.total, cuts=cuts)
+        before = None
+        if begun is None:
+            grads = loop.zeros(self.accumulated, call.live, cuts)
+        else:
+            grads = reset(*begun)[0]
+            if gather is not None and gather.reduce == "once":
+                # A device has a part of the sums, and the whole of this call's.
+                before, grads = grads, loop.zeros(self.accumulated, call.live, cuts)
+            elif gather is not None:
+                grads = gather.begun(grads, cuts)
+            elif axes is not None and not self.apart:
+                # Counted on one device, so that no second tree is needed.
+                grads = jax.tree.map(lambda s: on_first(s, axes.names), grads)
+        place: Callable[[Any], Any] = (
+            (lambda x: x) if placing is None else lambda x: placing.placed(x, cuts)
+        )
+        out = loop.run(
+            call,
+            parts,
+            place(grads),
+            seed=lambda rows: rows / unit if unweighted else 1.0,
+            cuts=None if placing is not None else cuts,
+        )
+        grads = place(out.grads if self.apart else total(out.grads))
+        if before is not None:
+            grads = jax.tree.map(jnp.add, before, grads)
+        return out._replace(grads=grads)

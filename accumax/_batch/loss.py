@@ -1,14 +1,16 @@
 """Losses: what one returns, checked and in one form, and those with a state."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from .. import _tree
+from .._devices.replicated import Axes
 from .._sums import check_weight
+from .._types import PyTree
 
 
 class Loss(NamedTuple):
@@ -36,31 +38,51 @@ class Loss(NamedTuple):
         return jnp.where(counts, mean, 0).astype(self.value.dtype)
 
 
+def _as_begun(axes: Axes, given: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    del axes
+    return given, state
+
+
+def _as_ended(axes: Axes, first: PyTree, last: PyTree, kept: PyTree) -> PyTree:
+    del axes, first, kept
+    return last
+
+
 @dataclasses.dataclass(frozen=True)
-class Carrying:
-    """A loss that is handed a state by the microbatch before it.
+class StatefulLoss:
+    """A loss in the one form that all below the doors takes: it carries a state.
 
-    `fun` takes `(given, state)` as one more argument, the first, where `given` is the
-    same for all, and returns the next state in `(state, aux)`, with or without
-    `has_aux`. `value_and_grad` of this takes that argument first and returns `(state,
-    result)`; a `train_step` of it takes it third and returns `(state, aux)` for the
-    aux.
-
-    `begin`: on one of several devices, `(axes, given, state) -> (given, state)` for its
-    own microbatches. `end`: `(axes, first, last) -> state`, what all devices have
-    together, from what its first microbatch was to be handed and its last one gave.
+    Attributes:
+      run: `(given, state, args, kwargs) -> (Loss, state)`. `args` and `kwargs` are
+        those of the user's function. `given` is the same for all microbatches, and the
+        state is what the microbatch before returned; both are () if nothing is needed.
+      source: the user's function, for its signature and its name.
+      begin: `(axes, given, state) -> (given, state)`: what one of several devices
+        begins its microbatches with.
+      end: `(axes, first, last, kept) -> state`: the state of all devices together, from
+        the one before a device's first microbatch and the one after its last. `kept`
+        says for each leaf whether the loss always returns it as it was.
     """
 
-    fun: Callable[..., Any]
-    begin: Callable[..., Any]
-    end: Callable[..., Any]
+    run: Callable[[PyTree, PyTree, tuple, dict[str, Any]], tuple[Loss, PyTree]]
+    source: Callable[..., Any]
+    begin: Callable[[Axes, PyTree, PyTree], tuple[PyTree, PyTree]] = _as_begun
+    end: Callable[[Axes, PyTree, PyTree, PyTree], PyTree] = _as_ended
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fun(*args, **kwargs)
 
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        return self.fun  # for inspect.signature
+def stateless(
+    fun: Callable[..., Any], *, has_aux: bool, weighted: bool
+) -> StatefulLoss:
+    """A loss as users write it, whose state is ()."""
+
+    def run(
+        given: PyTree, state: PyTree, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[Loss, PyTree]:
+        del given
+        out = fun(*args, **kwargs)
+        return read_loss(out, has_aux=has_aux, weighted=weighted), state
+
+    return StatefulLoss(run, fun)
 
 
 def read_loss(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
@@ -103,22 +125,32 @@ def read_loss(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
     return Loss(jnp.asarray(value), weight, aux)
 
 
-def split_aux(aux: Any, names: tuple[str, ...], has_aux: bool) -> tuple[Any, Any]:
-    """`(new, aux)` of what came with the loss."""
-    if not names:
-        return {}, aux
-    new, rest = aux, None
-    if has_aux:
-        if not isinstance(aux, tuple) or len(aux) != 2:
-            raise TypeError(
-                f"With mutable={names} and has_aux=True the loss function must return "
-                f"(loss, (new, aux)); its second part was {_tree.outline(aux)}."
-            )
-        new, rest = aux
-    if not isinstance(new, Mapping) or set(new) != set(names):
-        got = sorted(new) if isinstance(new, Mapping) else _tree.outline(new)
-        raise TypeError(
-            f"With mutable={names} the loss function must return (loss, new) with "
-            f"exactly these in new, a mapping; it has {got}."
-        )
-    return new, rest
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a loss.
+
+    Attributes:
+      args, kwargs: the arguments of the user's function.
+      argnums: the positions that are differentiated, static.
+      given, state: see `StatefulLoss`.
+    """
+
+    args: tuple
+    kwargs: dict[str, Any]
+    argnums: tuple[int, ...]
+    given: PyTree = ()
+    state: PyTree = ()
+
+    @property
+    def live(self) -> tuple[PyTree, ...]:
+        """What is differentiated, for each of `argnums`."""
+        return tuple(live_part(self.args[n]) for n in self.argnums)
+
+    @property
+    def arrays(self) -> PyTree:
+        return self.args, self.kwargs, self.given, self.state
+
+
+def live_part(tree: PyTree) -> PyTree:
+    """What a derivative with respect to `tree` is taken of."""
+    return jax.tree.map(_tree.strong, _tree.differentiable(tree))

@@ -1,6 +1,5 @@
 """What comes with a loss, from all microbatches: their mean, sum, last, or all."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
@@ -163,13 +162,18 @@ def check_aux_leaves(aux: PyTree) -> None:
             )
 
 
-def check_each_reduction(reductions: PyTree, losses: Sequence[Any]) -> list[PyTree]:
-    """`reductions` for each of several losses: one for all, or a tuple of as many."""
+def check_each_reduction(reductions: PyTree, losses: int | None) -> list[PyTree]:
+    """`reductions` for each of several losses: one for all, or a tuple of as many.
+
+    `losses`: how many, None for one that is not in a sequence.
+    """
+    if losses is None:
+        return [check_reductions(reductions)]
     if not isinstance(reductions, (tuple, list)):
-        return [check_reductions(reductions)] * len(losses)
-    if len(reductions) != len(losses):
+        return [check_reductions(reductions)] * losses
+    if len(reductions) != losses:
         raise ValueError(
-            f"aux={reductions!r} has {len(reductions)} entries for {len(losses)} loss "
+            f"aux={reductions!r} has {len(reductions)} entries for {losses} loss "
             "functions. Pass one for each, or one for all that is not a tuple."
         )
     return [check_reductions(one) for one in reductions]

@@ -12,13 +12,13 @@ from jax import lax
 from .. import _tree
 from .._devices.replicated import Axes
 from .._devices.sharded import Gather
-from .._sums import Accumulator, Sums, accumulator
+from .._sums import Accumulator, Sums, accumulator, counts, usable
 from .._types import ArrayLike, PyTree
-from .._xla.jaxprs import exchanges
+from .._xla.jaxprs import exchanges, returns_as_it_is
 from .._xla.loops import at_most_once
 from .._xla.refs import add_backward, is_batched
 from .._xla.varying import fitted, typed_like
-from .loss import Carrying, Loss, read_loss
+from .loss import Call, Loss, StatefulLoss
 from .outputs import check_aux_leaves, reducer
 from .split import Part, Parts
 
@@ -33,15 +33,16 @@ class Outcome(NamedTuple):
         sum of those that counted, or None.
       grads: the accumulator.
       weight: () float, what the gradient is to be divided by for a mean.
-      accepted: () bool, false if a weight did not count that was not 0.
-      carried: what the last microbatch handed on, or None.
+      accepted: () bool, false if a microbatch's weight was negative or not finite;
+        that microbatch was left out.
+      state: what the last microbatch returned.
     """
 
     losses: list[Loss]
     grads: PyTree
     weight: jax.Array
     accepted: jax.Array
-    carried: PyTree
+    state: PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Loop:
     """A scan over microbatches whose backward passes add into one accumulator.
 
     Attributes:
-      losses: the loss functions, all of the same arguments.
-      has_aux, weighted: what the losses return; see `read_loss`.
+      losses: the losses, all of the same arguments. One alone may have a state.
+      weighted: whether they have weights.
       mean: whether a loss is divided by its weights, or its microbatches, in the end.
       aux: the reductions of each loss's aux.
       in_place: false selects the twin that carries the gradient tree.
@@ -59,8 +60,7 @@ class Loop:
       gather: how parameters are gathered that are sharded over `axes`, None if none is.
     """
 
-    losses: tuple[Callable[..., Any], ...]
-    has_aux: bool
+    losses: tuple[StatefulLoss, ...]
     weighted: bool
     mean: bool
     aux: Sequence[PyTree]
@@ -86,51 +86,40 @@ class Loop:
             return self.gather.sum(sums, cuts)
         return sums if self.axes is None else self.axes.sum(sums)
 
-    @property
-    def carries(self) -> bool:
-        return isinstance(self.losses[0], Carrying)
-
     def run(
         self,
-        args: tuple,
-        argnums: tuple[int, ...],
+        call: Call,
         parts: Parts,
         grads: tuple[PyTree, ...],
         *,
         seed: Callable[[int], float],
-        counted: Callable[[jax.Array], jax.Array],
-        carried: PyTree = None,
         cuts: tuple[PyTree, ...] | None = None,
     ) -> Outcome:
         """Adds the gradient of every microbatch to `grads`.
 
         Args:
-          args: the positional arguments of the call.
-          argnums: the positions that are differentiated.
+          call: the call.
           parts: the call, divided.
-          grads: the accumulator, a tree for each of `argnums`.
+          grads: the accumulator, a tree for each of `call.argnums`.
           seed: from the rows of a microbatch to what its gradient is multiplied by,
             static.
-          counted: from a weight to the one that counts; nothing is added for 0.
-          carried: what the first microbatch is given, if `carries`.
           cuts: how what is differentiated is divided, if `gather`.
         """
-        if is_batched((args, carried, grads, [part.kwargs for part in parts.each()])):
+        if is_batched((call.arrays, grads)):
             self = dataclasses.replace(self, in_place=False)
-        live = {n: live_part(args[n]) for n in argnums}
+        live = dict(zip(call.argnums, call.live, strict=True))
         if self.axes is not None:
             live = self.axes.vary(live)
-        divided = dict(zip(argnums, cuts, strict=True)) if cuts is not None else None
+        divided = None if cuts is None else dict(zip(call.argnums, cuts, strict=True))
         if self.gather is not None and self.gather.gather == "once":
             live = self.gather.whole(live, divided)
-        sums = typed_like(dict(zip(argnums, grads, strict=True)), live)
-        given, carried = (None, None) if carried is None else carried
-        first = carried = jax.tree.map(_tree.strong, carried)
-        loss = self.losses[0]
-        if self.axes is not None and isinstance(loss, Carrying):
-            given, carried = loss.begin(self.axes, given, carried)
+        sums = typed_like(dict(zip(call.argnums, grads, strict=True)), live)
+        first = state = jax.tree.map(_tree.strong, call.state)
+        given, loss = call.given, self.losses[0]
+        if self.axes is not None:
+            given, state = loss.begin(self.axes, given, state)
         terms = [
-            _Term(self, fun, live, parts, aux, seed, counted, given, carried, divided)
+            _Term(self, fun, live, parts, aux, seed, given, state, divided)
             for fun, aux in zip(self.losses, self.aux, strict=True)
         ]
         total = None
@@ -138,9 +127,9 @@ class Loop:
             total = _normalise(terms, parts, self.axes)
 
         def alone(carry: Any, part: Part) -> Any:
-            grads, (seen,), carried = carry
-            grads, seen, carried = terms[0].add(grads, seen, part, carried)
-            return grads, [seen], carried
+            grads, (seen,), state = carry
+            grads, seen, state = terms[0].add(grads, seen, part, state)
+            return grads, [seen], state
 
         def in_turn(carry: Any, part: Part) -> Any:
             # XLA merges the graphs of losses that are computed one after another, and
@@ -150,9 +139,9 @@ class Loop:
                 for i, term in enumerate(terms):
 
                     def add(carry: Any, i: int = i, term: _Term = term) -> Any:
-                        grads, seen, carried = carry
-                        grads, new, carried = term.add(grads, seen[i], part, carried)
-                        return grads, [*seen[:i], new, *seen[i + 1 :]], carried
+                        grads, seen, state = carry
+                        grads, new, state = term.add(grads, seen[i], part, state)
+                        return grads, [*seen[:i], new, *seen[i + 1 :]], state
 
                     carry = at_most_once(jnp.equal(n, i), add, carry)
                 return carry, None
@@ -161,19 +150,16 @@ class Loop:
             return lax.scan(turn, carry, jnp.arange(len(terms)))[0]
 
         body = alone if len(terms) == 1 else in_turn
-        carry = sums, [term.begin() for term in terms], carried
-        sums, seen, carried = parts.scan(body, carry)
+        carry = sums, [term.begin() for term in terms], state
+        sums, seen, state = parts.scan(body, carry)
         if self.axes is not None:
             seen = [t.over(self.axes, s) for t, s in zip(terms, seen, strict=True)]
-            if isinstance(loss, Carrying):
-                carried = loss.end(self.axes, first, carried)
-        grads = tuple(sums[n] for n in argnums)
+            state = loss.end(self.axes, first, state, terms[0].kept())
+        grads = tuple(sums[n] for n in call.argnums)
         accepted = jnp.all(~jnp.stack([s.refused for s in seen]))
-        pairs = zip(terms, seen, strict=True)
-        losses = [term.end(s) for term, s in pairs]
-        if total is None:
-            total = seen[0].weight
-        return Outcome(losses, grads, total, accepted, carried)
+        losses = [term.end(s) for term, s in zip(terms, seen, strict=True)]
+        total = seen[0].weight if total is None else total
+        return Outcome(losses, grads, total, accepted, state)
 
 
 class _Seen(NamedTuple):
@@ -183,7 +169,7 @@ class _Seen(NamedTuple):
       value: () at least float32, the weighted sum of the losses; plain if not `mean`.
       weight: () float, the sum of the weights that counted; of the rows over
         `Parts.unit` if the loss is not weighted.
-      refused: () bool, whether one did not count that was not 0.
+      refused: () bool, whether one was negative or not finite.
       aux: the sums of the loss's `Reducer`.
     """
 
@@ -199,21 +185,19 @@ class _Term:
     def __init__(
         self,
         loop: Loop,
-        fun: Callable[..., Any],
+        stateful: StatefulLoss,
         live: dict[int, PyTree],
         parts: Parts,
         aux: PyTree,
         seed: Callable[[int], ArrayLike],
-        counted: Callable[[jax.Array], jax.Array],
         given: PyTree,
-        carried: PyTree,
+        state: PyTree,
         cuts: PyTree,
     ):
-        self.loop, self.fun, self.live, self.parts = loop, fun, live, parts
-        self.seed, self.counted, self.carried = seed, counted, carried
-        self.given, self.cuts = given, cuts
+        self.loop, self.stateful, self.live, self.parts = loop, stateful, live, parts
+        self.seed, self.given, self.state, self.cuts = seed, given, state, cuts
         shapes = [
-            jax.eval_shape(lambda carried, part=part: self.loss(part, carried), carried)
+            jax.eval_shape(lambda state, part=part: self.loss(part, state), state)
             for part in parts.each()
         ]
         self.shape = shapes[0]
@@ -225,21 +209,15 @@ class _Term:
         self.reducer = reducer(aux, shapes[0].aux, shapes[-1].aux, parts)
 
     def read(
-        self, live: dict[int, PyTree], part: Part, carried: PyTree
+        self, live: dict[int, PyTree], part: Part, state: PyTree
     ) -> tuple[Loss, PyTree]:
-        """The loss of a microbatch, and what it hands on."""
-        loop, args = self.loop, list(part.args)
+        """The loss of a microbatch, and the state after it."""
+        args = list(part.args)
         for n, x in live.items():
             args[n] = _tree.restore(x, args[n])
-        if not loop.carries:
-            out = self.fun(*args, **part.kwargs)
-            loss = read_loss(out, has_aux=loop.has_aux, weighted=loop.weighted)
-            check_aux_leaves(loss.aux)
-            return loss, None
-        out = self.fun((self.given, carried), *args, **part.kwargs)
-        loss = read_loss(out, has_aux=True, weighted=loop.weighted)
-        new, aux = loss.aux
-        return loss._replace(aux=aux), _tree.cast_like(new, carried)
+        loss, new = self.stateful.run(self.given, state, tuple(args), part.kwargs)
+        check_aux_leaves(loss.aux)
+        return loss, _tree.cast_like(new, state)
 
     def _agree(self, axes: Axes, parts: list[Part]) -> None:
         """Sees to it that no device leaves out what another one waits for.
@@ -249,23 +227,35 @@ class _Term:
         something in the backward pass alone.
         """
 
-        def gradient(live: PyTree, carried: PyTree, part: Part) -> PyTree:
+        def gradient(live: PyTree, state: PyTree, part: Part) -> PyTree:
             def value(live: PyTree) -> jax.Array:
-                return self.read(live, part, carried)[0].value
+                return self.read(live, part, state)[0].value
 
             return jax.value_and_grad(value)(live)
 
         asked = [functools.partial(gradient, part=part) for part in parts]
         live = self.whole(parts[0])
-        if any(exchanges(axes.names, fun, live, self.carried) for fun in asked):
+        if any(exchanges(axes.names, fun, live, self.state) for fun in asked):
             # The loss of the others depends on a device without weight, too.
             self.agree = axes.any
         elif not axes.alone:
             # XLA may let devices of different weights exchange what they computed.
             self.in_place = False
 
-    def loss(self, part: Part, carried: PyTree) -> Loss:
-        return self.read(self.whole(part), part, carried)[0]
+    def kept(self) -> PyTree:
+        """For each leaf of the state, whether every microbatch returns it as it was."""
+        leaves, structure = jax.tree.flatten(self.state)
+        if not leaves:
+            return self.state
+
+        def after(part: Part) -> Any:
+            return lambda state: self.read(self.whole(part), part, state)[1]
+
+        asked = [returns_as_it_is(after(x), self.state) for x in self.parts.each()]
+        return structure.unflatten(map(all, zip(*asked, strict=True)))
+
+    def loss(self, part: Part, state: PyTree) -> Loss:
+        return self.read(self.whole(part), part, state)[0]
 
     def whole(self, part: Part) -> dict[int, PyTree]:
         """What is differentiated, of which a device may have a part only."""
@@ -280,14 +270,13 @@ class _Term:
         return _Seen(jnp.zeros((), dtype), zero, jnp.bool_(False), self.reducer.init())
 
     def add(
-        self, grads: PyTree, seen: _Seen, part: Part, carried: PyTree
+        self, grads: PyTree, seen: _Seen, part: Part, state: PyTree
     ) -> tuple[PyTree, _Seen, PyTree]:
         dtype = seen.value.dtype
 
         def fun(live: dict[int, PyTree]) -> tuple[jax.Array, Any]:
-            loss, new = self.read(live, part, carried)
-            taken = None if loss.weight is None else self.counted(loss.weight) != 0
-            taken = taken if taken is None else self.agree(taken)
+            loss, new = self.read(live, part, state)
+            taken = None if loss.weight is None else self.agree(counts(loss.weight))
             value, seed = loss.value, self.seed(part.rows)
             if not (isinstance(seed, float) and seed == 1):
                 value = value.astype(dtype) * seed
@@ -298,7 +287,7 @@ class _Term:
             parts = functools.partial(gather.parts, cuts=self.cuts)
         live = self.whole(part)
         out, grads = backward(fun, live, grads, in_place=self.in_place, parts=parts)
-        loss, carried = out
+        loss, state = out
         value, (weight, refused) = loss.value.astype(dtype), self.weigh(loss, part)
         if loss.weight is not None:
             value = jnp.where(weight != 0, value, 0)
@@ -310,15 +299,15 @@ class _Term:
             seen.refused | refused,
             self.reducer.add(seen.aux, loss.aux, part, weight),
         )
-        return grads, seen, carried
+        return grads, seen, state
 
     def weigh(self, loss: Loss, part: Part) -> tuple[jax.Array, jax.Array]:
         """() float, the weight of what counts, and () bool, whether it was refused."""
         if loss.weight is None:
             share = jnp.asarray(part.rows / self.parts.unit, float)
             return share, jnp.bool_(False)
-        weight = self.counted(loss.weight)
-        return weight, (weight == 0) & (loss.weight != 0)
+        weight = jnp.where(counts(loss.weight), loss.weight, 0)
+        return weight, ~usable(loss.weight)
 
     def over(self, axes: Axes, seen: _Seen) -> _Seen:
         """What all devices have seen."""
@@ -348,7 +337,7 @@ def _normalise(terms: list[_Term], parts: Parts, axes: Axes | None) -> jax.Array
 
     def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
         def added(term: _Term, total: jax.Array) -> jax.Array:
-            return total + term.weigh(term.loss(part, term.carried), part)[0]
+            return total + term.weigh(term.loss(part, term.state), part)[0]
 
         return [added(*pair) for pair in zip(terms, sums, strict=True)]
 
@@ -361,11 +350,6 @@ def _normalise(terms: list[_Term], parts: Parts, axes: Axes | None) -> jax.Array
         seed = term.seed
         term.seed = lambda rows, seed=seed, factor=least / total: factor * seed(rows)
     return jnp.where(least != jnp.inf, least, 1)
-
-
-def live_part(tree: PyTree) -> PyTree:
-    """What a derivative with respect to `tree` is taken of."""
-    return jax.tree.map(_tree.strong, _tree.differentiable(tree))
 
 
 def backward(

@@ -64,13 +64,19 @@ class Gather:
       gather: parameters are gathered for "each" microbatch, or "once" for a call.
       reduce: gradients are reduced, to the part of the device, for "each" microbatch or
         "once" for a call, until when a device keeps a whole sum.
-      specs: how the parameters are sharded, None for what their arrays say.
+      specs: for each argument that is differentiated how it is sharded, None for what
+        its arrays say.
     """
 
     axes: Axes
     gather: When
     reduce: When
-    specs: PyTree
+    specs: tuple[PyTree, ...]
+
+    def cuts_of(self, args: tuple, argnums: tuple[int, ...]) -> tuple[PyTree, ...]:
+        """How the arguments that are differentiated are divided; see `cuts`."""
+        pairs = zip(argnums, self.specs, strict=True)
+        return tuple(self.cuts(args[n], specs) for n, specs in pairs)
 
     def cuts(self, params: PyTree, specs: PyTree) -> PyTree:
         """How `params`, not yet `inside`, are divided; `specs`: their own, or None.
@@ -202,9 +208,11 @@ def specs_of(cuts: PyTree, params: PyTree = None) -> PyTree:
 
 
 def check_gather(
-    axes: Axes | None, gather: Any, reduce: Any, specs: Any
+    axes: Axes | None, gather: Any, reduce: Any, specs: Any, count: int | None = None
 ) -> Gather | None:
     """The `Gather` of these options, None for none.
+
+    `count`: of arguments, if `specs` has one for each, else None for one argument.
 
     Raises:
       ValueError: they are none.
@@ -225,7 +233,8 @@ def check_gather(
     for name, value in (("gather", gather), ("reduce", reduce)):
         if value not in get_args(When):
             raise ValueError(f"{name}={value!r} must be one of {get_args(When)}.")
-    return Gather(axes, gather, reduce, specs)
+    each = (specs,) if count is None else (None,) * count if specs is None else specs
+    return Gather(axes, gather, reduce, each)
 
 
 def _is_spec(x: Any) -> bool:

@@ -1,7 +1,6 @@
 """Losses with a state: running statistics, and what is handed from each to the next."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 
 from .. import _tree
 from .._batch.arguments import Place, rows_of
-from .._batch.loss import Carrying, Loss
+from .._batch.loss import Loss, StatefulLoss
 from .._batch.split import fold_in
 from .._devices.replicated import Axes, is_array
 from .._types import ArrayLike, PyTree
@@ -47,51 +46,31 @@ class Handing:
     rest: PyTree
     run: Callable[[Given, PyTree, tuple, dict[str, Any]], tuple[Loss, PyTree, PyTree]]
 
-    def carrying(
+    def stateful(
         self, fun: Callable[..., Any], batch_argnums: tuple[Place, ...]
-    ) -> tuple[Carrying, Any]:
-        """The loss for `value_and_grad` and `train_step`, and what it is handed first.
+    ) -> tuple[StatefulLoss, PyTree, PyTree]:
+        """The loss, what it is given, and the state that it begins with.
 
         `fun`: the function that the user wrote. The rows of `batch_argnums`, among its
         arguments, are what statistics are weighed by.
         """
         pools = bool(jax.tree.leaves(self.given.statistics))
         arrays = jax.tree.map(lambda x: x if is_array(x) else None, self.given)
-        changed = [False] * len(jax.tree.leaves(self.rest))
 
-        @functools.wraps(fun)
-        def loss_fn(carried: Any, *args: Any, **kwargs: Any) -> Any:
-            given, (pool, rest) = carried
-            given = _tree.restore(given, self.given)
+        def run(
+            given: PyTree, state: PyTree, args: tuple, kwargs: dict[str, Any]
+        ) -> tuple[Loss, PyTree]:
+            given, (pool, rest) = _tree.restore(given, self.given), state
             loss, statistics, new = self.run(given, rest, args, kwargs)
             _tree.check_same("running statistics", statistics, given.statistics)
             _tree.check_same("state", new, rest)
-            pairs = zip(jax.tree.leaves(rest), jax.tree.leaves(new), strict=True)
-            for i, (before, after) in enumerate(pairs):
-                changed[i] |= before is not after
             if pools:
                 rows = rows_of(batch_argnums, fun, args, kwargs)
                 pool = running.add(pool, statistics, rows)
-            value = loss.value if loss.weight is None else (loss.value, loss.weight)
-            return value, ((pool, new), loss.aux)
+            return loss, (pool, new)
 
-        def begin(axes: Axes, given: Given, state: Any) -> Any:
-            i, (pool, rest) = axes.index(), state
-            rest = jax.tree.map(lambda x: fold_in(x, i) if _is_typed(x) else x, rest)
-            return given._replace(keys=fold_in(given.keys, i)), (pool, rest)
-
-        def end(axes: Axes, first: Any, last: Any) -> Any:
-            # What the loss has left alone is what it was, without asking the others.
-            news, structure = jax.tree.flatten(last[1])
-            olds = jax.tree.leaves(first[1])
-            rest = [
-                axes.last(new) if moved else old
-                for old, new, moved in zip(olds, news, changed, strict=True)
-            ]
-            return running.over(axes, last[0]), structure.unflatten(rest)
-
-        first = arrays, (running.begin(self.given.statistics), self.rest)
-        return Carrying(loss_fn, begin, end), first
+        state = running.begin(self.given.statistics), self.rest
+        return StatefulLoss(run, fun, _begin, _end), arrays, state
 
     def settle(
         self, carried: Any, momenta: tuple[float, ...], accepted: ArrayLike
@@ -108,6 +87,20 @@ class Handing:
             rest,
             pool.weight,
         )
+
+
+def _begin(axes: Axes, given: Given, state: Any) -> tuple[Given, Any]:
+    i, (pool, rest) = axes.index(), state
+    rest = jax.tree.map(lambda x: fold_in(x, i) if _is_typed(x) else x, rest)
+    return given._replace(keys=fold_in(given.keys, i)), (pool, rest)
+
+
+def _end(axes: Axes, first: Any, last: Any, kept: Any) -> Any:
+    def ended(old: jax.Array, new: jax.Array, as_it_was: bool) -> jax.Array:
+        # What the loss has left alone is what it was, without asking the others.
+        return old if as_it_was else axes.last(new)
+
+    return running.over(axes, last[0]), jax.tree.map(ended, first[1], last[1], kept[1])
 
 
 def _is_typed(x: Any) -> bool:

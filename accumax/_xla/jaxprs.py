@@ -90,6 +90,12 @@ def hands_on_refs(jaxpr: Any) -> bool:
     return False
 
 
+def returns_as_it_is(fun: Callable[[PyTree], PyTree], tree: PyTree) -> list[bool]:
+    """For each leaf of `tree`, whether `fun(tree)`, of that structure, has it again."""
+    jaxpr = jax.make_jaxpr(fun)(tree).jaxpr
+    return [x is y for x, y in zip(jaxpr.invars, jaxpr.outvars, strict=True)]
+
+
 def exchanges(names: tuple[str, ...], fun: Callable[..., Any], *args: Any) -> bool:
     """Whether `fun(*args)` has devices along these mesh axes send each other anything.
 

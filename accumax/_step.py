@@ -1,0 +1,219 @@
+"""One call of a train step: its gradient, into the window that is open."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import _tree
+from ._batch.arguments import Places, parameters, takes_any_keyword
+from ._batch.gradient import Begun, Gradient, at_once
+from ._batch.loss import Call, Loss, StatefulLoss
+from ._batch.outputs import check_aux_wanted, check_reductions
+from ._batch.scan import Loop, Outcome
+from ._batch.split import Split, split
+from ._devices.replicated import Axes, AxisNames, MeshLike, check_axes
+from ._devices.sharded import When, check_gather
+from ._types import PyTree
+from ._window.checks import check_flush
+from ._window.inner import OF_OPTAX
+from ._window.state import AccumulateState, gradient_of
+from ._window.window import Window
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """`train_step` of a loss and a window that are only known at the call.
+
+    The options are those of `train_step`. `by_rows`: the loss's state is weighed by the
+    rows that `batch_argnums` names, also without microbatches.
+    """
+
+    weighted: bool
+    has_aux: bool
+    microbatch_size: int | None = None
+    microbatches: int | None = None
+    batch_argnums: Places = 1
+    rng_argnums: Places = ()
+    aux: PyTree = "mean"
+    unroll: int | bool = 1
+    in_place: bool = True
+    reduce_axis: AxisNames | None = None
+    mesh: MeshLike | None = None
+    gather: When | None = None
+    reduce: When | None = None
+    param_specs: PyTree = None
+    by_rows: bool = False
+
+    def check(self, window: Window) -> Axes | None:
+        """The devices of a step for `window`.
+
+        Raises:
+          TypeError, ValueError: the options do not fit it, or each other.
+        """
+        axes = _axes(window, self.reduce_axis, self.mesh)
+        gathered = check_gather(axes, self.gather, self.reduce, self.param_specs)
+        if gathered is not None and window.axes is not None:
+            raise ValueError(
+                f"gather={self.gather!r} is for parameters that no device has whole, "
+                "and an accumulate with reduce_axis="
+                f"{window.axes.names} keeps a whole sum on each. Leave "
+                "reduce_axis to train_step, which then reduces in every call."
+            )
+        check_reductions(self.aux)
+        if self.divided or axes is not None:
+            check_aux_wanted(self.aux, self.has_aux)
+            self._split()
+            return axes
+        batch_argnums = 1 if self.by_rows else self.batch_argnums
+        options = batch_argnums, self.rng_argnums, self.aux, self.unroll
+        if options != (1, (), "mean", 1):
+            raise ValueError(
+                f"batch_argnums={self.batch_argnums}, rng_argnums={self.rng_argnums}, "
+                f"aux={self.aux!r} and unroll={self.unroll} are for microbatches, and "
+                "there are none. Pass microbatch_size or microbatches."
+            )
+        return None
+
+    @property
+    def divided(self) -> bool:
+        """Whether a call has microbatches."""
+        return self.microbatch_size is not None or self.microbatches is not None
+
+    def _split(self) -> Split:
+        count = self.microbatches if self.divided else 1
+        return split(
+            self.microbatch_size,
+            count,
+            self.batch_argnums,
+            self.rng_argnums,
+            self.unroll,
+        )
+
+    def _gradient(
+        self, window: Window, axes: Axes | None, loss: StatefulLoss
+    ) -> Callable[..., Outcome]:
+        if not self.divided and axes is None:
+            return functools.partial(at_once, loss)
+        accumulator = window.accumulator
+        loop = Loop(
+            losses=(loss,),
+            weighted=self.weighted,
+            mean=self.weighted or accumulator.reduction == "mean",
+            aux=[self.aux],
+            in_place=self.in_place,
+            axes=axes,
+            gather=check_gather(axes, self.gather, self.reduce, self.param_specs),
+        )
+        apart = window.axes is not None
+        return Gradient(loop, self._split(), accumulator, whole=True, apart=apart)
+
+    def __call__(
+        self,
+        window: Window,
+        loss: StatefulLoss,
+        given: PyTree,
+        state: PyTree,
+        params: PyTree,
+        opt_state: Any,
+        args: tuple,
+        extra_args: dict[str, Any],
+    ) -> tuple[PyTree, AccumulateState, Loss, PyTree]:
+        """`(params, opt_state, loss, state)` after a call; the loss is its mean."""
+        axes = self.check(window)
+        extra_args = dict(extra_args)
+        weight, flush = extra_args.pop("weight", None), extra_args.pop("flush", False)
+        window.check(opt_state, params=params)
+        flush = check_flush(flush)
+        if self.weighted and weight is not None:
+            raise TypeError(
+                f"weight={weight!r} was passed to a step made with weighted=True, "
+                "whose weight is what loss_fn returns. Pass one or the other."
+            )
+        _check_keywords(window, loss, extra_args)
+        model = gradient_of(params)
+        if not self.by_rows:
+            loss, model = _of_part(loss, model, opt_state.acc_grads)
+        gradient = self._gradient(window, axes, loss)
+        call = Call((model, *args), {}, (0,), given, state)
+        first, sums = opt_state.mini_step == 0, window.sums(opt_state)
+        policy = window.accumulator.nonfinite
+        if not self.in_place or policy != "propagate" or weight is not None:
+            out = gradient(call)
+            (grads,) = out.grads
+            add = functools.partial(window.add_own, grads=grads, summed=self.weighted)
+        else:
+            out = gradient(call, Begun((sums.grads,), first))
+            (grads,) = out.grads
+            sums, add = sums._replace(grads=grads), window.accumulator.tally
+        (result,) = out.losses
+        averaged = window.accumulator.averaged_args
+        if "value" in averaged or window.inner.takes("value"):
+            extra_args = {"value": result.value} | extra_args
+        window.check(opt_state, extra_args)
+        items = result.weight
+        if items is None:
+            items = window.weigh(weight)
+            if axes is not None and weight is not None:
+                items = axes.same("weight", items)
+        elif policy != "propagate":  # all of the call, or nothing
+            items = jnp.where(out.accepted, items, 0)
+        sums, accepted = add(sums, weight=items, args=extra_args, first=first)
+
+        progress = window.progress(opt_state, accepted & out.accepted, flush)
+        params, opt_state = window.close(params, opt_state, sums, progress, extra_args)
+        return params, opt_state, result, out.state
+
+
+def _check_keywords(
+    window: Window, loss: StatefulLoss, extra_args: dict[str, Any]
+) -> None:
+    """Checks that keywords are meant for the optimizer."""
+    names = set(parameters(loss.source))
+    if names & extra_args.keys():
+        raise TypeError(
+            f"The keyword arguments {sorted(names & extra_args.keys())} are named "
+            "like arguments of loss_fn, but keywords go to the optimizer. Pass "
+            "loss_fn's arguments by position: step(params, opt_state, batch, ...)."
+        )
+    window.check_names(extra_args, strict=True)
+    known = window.inner.names | set(window.accumulator.averaged_args) | OF_OPTAX
+    if takes_any_keyword(loss.source) and extra_args.keys() - known:
+        raise TypeError(
+            f"The keyword arguments {sorted(extra_args.keys() - known)} go to the "
+            "optimizer, and loss_fn with its ** would not see them. Bind them "
+            "before, with functools.partial(loss_fn, ...)."
+        )
+
+
+def _of_part(
+    loss: StatefulLoss, model: PyTree, trained: PyTree
+) -> tuple[StatefulLoss, PyTree]:
+    """`(loss, model)` of the part of an Equinox module that a state was made from."""
+    if _leaves(_tree.differentiable(model)) == _leaves(trained):
+        return loss, model
+
+    def run(given: PyTree, state: PyTree, args: tuple, kwargs: Any) -> Any:
+        whole = _tree.restore(args[0], model)
+        return loss.run(given, state, (whole, *args[1:]), kwargs)
+
+    return dataclasses.replace(loss, run=run), _tree.trained(model, trained)
+
+
+def _leaves(tree: PyTree) -> int:
+    return len(jax.tree.leaves(tree))
+
+
+def _axes(window: Window, reduce_axis: Any, mesh: Any) -> Axes | None:
+    axes = check_axes(reduce_axis, mesh)
+    if window.axes is None or axes is None:
+        return window.axes if axes is None else axes
+    if window.axes.names != axes.names:
+        raise ValueError(
+            f"reduce_axis={axes.names}, where the accumulate has reduce_axis="
+            f"{window.axes.names}. Pass the same, or pass it to the accumulate alone."
+        )
+    return axes if axes.mesh is not None else window.axes
