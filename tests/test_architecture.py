@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import house
 import pytest
 
 import accumax
@@ -40,46 +41,41 @@ ARROWS = {
 OUTSIDE = {"jax", "optax", "numpy", *sys.stdlib_module_names}
 
 
-def _files() -> dict[pathlib.Path, tuple[str, ...]]:
-    found = {path: path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
-    return {path: x.with_suffix("").parts for path, x in found.items()}
-
-
-def _imports(path: pathlib.Path, parts: tuple[str, ...]) -> tuple[set[str], set[str]]:
-    """The wings that a file imports, its own left out, and what is outside."""
-    wings, outside = set(), set()
+def _outside(path: pathlib.Path) -> set[str]:
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            above = parts[: len(parts) - node.level]
-            named = node.module.split(".") if node.module else []
-            within = [*above, *named]
-            wings |= {within[0]} if within else {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            outside.add(node.module)
+        if isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module)
         elif isinstance(node, ast.Import):
-            outside |= {alias.name for alias in node.names}
-    return wings - {parts[0]}, {name.split(".")[0] for name in outside if name}
+            found |= {alias.name for alias in node.names}
+    return {name.split(".")[0] for name in found}
 
 
 def test_arrows_go_one_way():
-    found = {}
-    for path, parts in _files().items():
-        wings, outside = _imports(path, parts)
-        found.setdefault(parts[0], set()).update(wings)
-        flax = {"flax"} if parts[0] in ("linen", "nnx", "_flax") else set()
-        assert outside <= OUTSIDE | flax, path
+    found = house.wings(PACKAGE)
     assert found == ARROWS
     order = graphlib.TopologicalSorter(found)
     assert {*order.static_order()} == found.keys()  # a CycleError if they do not
 
 
+def test_the_page_about_the_inside_shows_this_house():
+    assert house.drawing(PACKAGE) in house.PAGE.read_text(), "run docs/house.py"
+
+
+def test_flax_is_imported_for_flax_alone():
+    for path in PACKAGE.rglob("*.py"):
+        wing = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        flax = {"flax"} if wing in ("linen", "nnx", "_flax") else set()
+        assert _outside(path) <= OUTSIDE | flax, path
+
+
 def test_no_room_is_too_large():
-    for path in _files():
+    for path in PACKAGE.rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path.name
 
 
 def test_no_private_jax_name():
-    for path in _files():
+    for path in PACKAGE.rglob("*.py"):
         assert "_src" not in path.read_text(), path.name
 
 
