@@ -3,6 +3,8 @@
 from ._accumulate import accumulate as accumulate
 from ._accumulate import flush as flush
 from ._accumulate import has_updated as has_updated
+from ._devices.replicated import DataParallel as DataParallel
+from ._devices.sharded import FSDP as FSDP
 from ._microbatch import microbatch as microbatch
 from ._train_step import apply_gradients as apply_gradients
 from ._train_step import train_step as train_step

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._devices.replicated import AxisNames, MeshLike, check_axes
+from ._devices.replicated import AxisNames, DataParallel, check_axes
 from ._sums import accumulator
 from ._types import DTypeLike, NonFinite, PyTree, Reduction, Schedule
 from ._window.checks import check_length
@@ -26,8 +26,7 @@ def accumulate(
     accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
     nonfinite: NonFinite = "propagate",
     averaged_args: tuple[str, ...] = (),
-    reduce_axis: AxisNames | None = None,
-    mesh: MeshLike | None = None,
+    reduce_axis: AxisNames | DataParallel | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates gradients over `every` calls, then runs `inner` once on their mean.
 
@@ -71,13 +70,12 @@ def accumulate(
         the window with weight 0. Static.
       averaged_args: names of extra arguments, () float each, that `inner` gets as their
         weighted mean over the window, such as `("value",)`. Every call must pass them.
-      reduce_axis: a mesh axis, or a tuple of several, over whose devices the gradients
-        of a window are kept apart until it closes: each adds up its own, and one
-        reduction happens then. `accumax.train_step` does so by itself; `update` and
-        `accumax.apply_gradients` are to be called within a `jax.shard_map` over these
-        axes, with each device's own gradient, weight and averaged arguments. Their
-        parameters are the same on all. Static.
-      mesh: the mesh; that of `jax.set_mesh` by default.
+      reduce_axis: a mesh axis, a tuple of several, or an `accumax.DataParallel`, over
+        whose devices the gradients of a window are kept apart until it closes: each
+        adds up its own, and one reduction happens then. `accumax.train_step` does so by
+        itself; `update` and `accumax.apply_gradients` are to be called within a
+        `jax.shard_map` over these axes, with each device's own gradient, weight and
+        averaged arguments. Their parameters are the same on all. Static.
 
     Returns:
       A transformation whose state is an `AccumulateState`. A window whose weights sum
@@ -124,7 +122,7 @@ def accumulate(
             nonfinite=nonfinite,
             averaged_args=averaged_args,
         ),
-        axes=check_axes(reduce_axis, mesh),
+        axes=check_axes(reduce_axis),
     )
     return _Accumulate(window.init, window.update)
 

@@ -15,8 +15,8 @@ from ._batch.loss import Call, Loss, StatefulLoss
 from ._batch.outputs import check_aux_wanted, check_reductions
 from ._batch.scan import Loop, Outcome
 from ._batch.split import Split, split
-from ._devices.replicated import Axes, AxisNames, MeshLike, check_axes
-from ._devices.sharded import When, check_gather
+from ._devices.replicated import Axes
+from ._devices.sharded import Devices, check_devices
 from ._types import PyTree
 from ._window.checks import check_flush
 from ._window.inner import OF_OPTAX
@@ -41,11 +41,7 @@ class Step:
     aux: PyTree = "mean"
     unroll: int | bool = 1
     in_place: bool = True
-    reduce_axis: AxisNames | None = None
-    mesh: MeshLike | None = None
-    gather: When | None = None
-    reduce: When | None = None
-    param_specs: PyTree = None
+    reduce_axis: Devices | None = None
     by_rows: bool = False
 
     def check(self, window: Window) -> Axes | None:
@@ -54,11 +50,11 @@ class Step:
         Raises:
           TypeError, ValueError: the options do not fit it, or each other.
         """
-        axes = _axes(window, self.reduce_axis, self.mesh)
-        gathered = check_gather(axes, self.gather, self.reduce, self.param_specs)
-        if gathered is not None and window.axes is not None:
+        axes, gather = check_devices(self.reduce_axis)
+        axes = _axes_of_both(window, axes)
+        if gather is not None and window.axes is not None:
             raise ValueError(
-                f"gather={self.gather!r} is for parameters that no device has whole, "
+                "accumax.FSDP is for parameters that no device has whole, "
                 "and an accumulate with reduce_axis="
                 f"{window.axes.names} keeps a whole sum on each. Leave "
                 "reduce_axis to train_step, which then reduces in every call."
@@ -106,7 +102,7 @@ class Step:
             aux=[self.aux],
             in_place=self.in_place,
             axes=axes,
-            gather=check_gather(axes, self.gather, self.reduce, self.param_specs),
+            gather=check_devices(self.reduce_axis)[1],
         )
         apart = window.axes is not None
         return Gradient(loop, self._split(), accumulator, whole=True, apart=apart)
@@ -207,8 +203,7 @@ def _leaves(tree: PyTree) -> int:
     return len(jax.tree.leaves(tree))
 
 
-def _axes(window: Window, reduce_axis: Any, mesh: Any) -> Axes | None:
-    axes = check_axes(reduce_axis, mesh)
+def _axes_of_both(window: Window, axes: Axes | None) -> Axes | None:
     if window.axes is None or axes is None:
         return window.axes if axes is None else axes
     if window.axes.names != axes.names:

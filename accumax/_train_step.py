@@ -7,8 +7,7 @@ import optax
 
 from ._batch.arguments import Places
 from ._batch.loss import stateless
-from ._devices.replicated import AxisNames, MeshLike
-from ._devices.sharded import When
+from ._devices.sharded import Devices
 from ._step import Step
 from ._types import ArrayLike, PyTree
 from ._window.checks import check_flush
@@ -87,11 +86,7 @@ def train_step(
     aux: PyTree = "mean",
     unroll: int | bool = 1,
     in_place: bool = True,
-    reduce_axis: AxisNames | None = None,
-    mesh: MeshLike | None = None,
-    gather: When | None = None,
-    reduce: When | None = None,
-    param_specs: PyTree = None,
+    reduce_axis: Devices | None = None,
 ) -> Callable[..., tuple[PyTree, AccumulateState, Any]]:
     """A training step whose backward pass adds into the accumulator; no gradient tree.
 
@@ -133,13 +128,11 @@ def train_step(
         `accumax.value_and_grad`: positions among `loss_fn`'s arguments, of which
         `params` is number 0. Static.
       in_place: False selects the twin that carries the gradient tree. Static.
-      reduce_axis, mesh: as for `accumax.value_and_grad`, with or without
-        `microbatch_size`, which counts the rows of all devices; by default those of
-        `tx`. If `tx` has them, gradients are reduced once in a window, by the call that
-        closes it; if only the step has them, once in every call. Loss and aux come from
-        all devices, `weight` is that of all. Static, as are the following.
-      gather, reduce, param_specs: as for `accumax.value_and_grad`, where `tx` has no
-        `reduce_axis`: sums and optimizer state are then sharded as the parameters are.
+      reduce_axis: as for `accumax.value_and_grad`, with or without `microbatch_size`,
+        which counts the rows of all devices; by default that of `tx`. If `tx` has one,
+        gradients are reduced once in a window, by the call that closes it; if only the
+        step has one, once in every call. Loss and aux come from all devices, `weight`
+        is that of all. An `accumax.FSDP` is for a `tx` without `reduce_axis`. Static.
 
     Returns:
       `step(params, opt_state, *args, **extra_args) -> (params, opt_state, loss)`, or
@@ -187,10 +180,6 @@ def train_step(
         unroll=unroll,
         in_place=in_place,
         reduce_axis=reduce_axis,
-        mesh=mesh,
-        gather=gather,
-        reduce=reduce,
-        param_specs=param_specs,
     )
     step_of.check(window)
     loss = stateless(loss_fn, has_aux=has_aux, weighted=weighted)

@@ -15,8 +15,7 @@ from ._batch.loss import Call, StatefulLoss, stateless
 from ._batch.outputs import check_aux_wanted, check_each_reduction
 from ._batch.scan import Loop
 from ._batch.split import split
-from ._devices.replicated import AxisNames, MeshLike, check_axes
-from ._devices.sharded import When, check_gather
+from ._devices.sharded import Devices, check_devices
 from ._sums import Sums, accumulator
 from ._types import DTypeLike, PyTree
 
@@ -38,11 +37,7 @@ def value_and_grad(
     accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
     unroll: int | bool = 1,
     in_place: bool = True,
-    reduce_axis: AxisNames | None = None,
-    mesh: MeshLike | None = None,
-    gather: When | None = None,
-    reduce: When | None = None,
-    param_specs: PyTree = None,
+    reduce_axis: Devices | None = None,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""`jax.value_and_grad` of the whole batch, at the memory of one microbatch.
 
@@ -111,22 +106,11 @@ def value_and_grad(
         float32 both agree to the bit, except for parameters that the loss uses more
         than once, whose contributions are added one by one.
       reduce_axis: the mesh axis over which rows are divided and gradients reduced once,
-        or a tuple of several; other axes are left as they are. Its devices divide the
-        rows and `microbatch_size`, which counts those of all. Keys are folded with the
-        device's index. Of the aux, "last" is the last device's and "stack" has the
+        a tuple of several, an `accumax.DataParallel`, or an `accumax.FSDP` for
+        parameters (what is differentiated) that are sharded over it. Its devices divide
+        the rows and `microbatch_size`, which counts those of all. Keys are folded with
+        the device's index. Of the aux, "last" is the last device's and "stack" has the
         microbatches of one device after those of another.
-      mesh: the mesh; that of `jax.set_mesh` by default.
-      gather: for parameters (what is differentiated) that are sharded over
-        `reduce_axis`, FSDP: whole ones are gathered for "each" microbatch or "once" for
-        the call. None if every device has all of them.
-      reduce: with `gather`, when gradients are reduced to a device's part: "each"
-        microbatch (the default) or "once". Where both are "each", XLA does both, layer
-        by layer: least memory, most traffic, and the loss sees the rows of all devices
-        as without `reduce_axis`. For the others each device has whole parameters, and
-        a whole gradient, for a while.
-      param_specs: with `gather`, the `PartitionSpec`s of what is differentiated, a
-        prefix of it (of several arguments, a tuple). Needed under jit with automatic
-        axes, where types do not say them.
 
     Returns:
       A function of the arguments of `fun` that returns `(value, gradient)`, with aux
@@ -178,10 +162,6 @@ def value_and_grad(
         unroll=unroll,
         in_place=in_place,
         reduce_axis=reduce_axis,
-        mesh=mesh,
-        gather=gather,
-        reduce=reduce,
-        param_specs=param_specs,
     )
     losses = tuple(stateless(f, has_aux=has_aux, weighted=weighted) for f in funs)
 
@@ -207,11 +187,7 @@ def gradients(
     accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
     unroll: int | bool = 1,
     in_place: bool = True,
-    reduce_axis: AxisNames | None = None,
-    mesh: MeshLike | None = None,
-    gather: When | None = None,
-    reduce: When | None = None,
-    param_specs: PyTree = None,
+    reduce_axis: Devices | None = None,
 ) -> Callable[..., tuple[PyTree, tuple[Any, PyTree]]]:
     """`value_and_grad` of losses that are only known at the call, and have a state.
 
@@ -229,7 +205,7 @@ def gradients(
     positions = check_argnums(argnums)
     several_args = not hasattr(argnums, "__index__")
     count = len(positions) if several_args else None
-    axes = check_axes(reduce_axis, mesh)
+    axes, gather = check_devices(reduce_axis, count)
     accumulated = accumulator(reduction=reduction, dtype=accumulator_dtype)
     loop = Loop(
         losses=(),
@@ -238,7 +214,7 @@ def gradients(
         aux=check_each_reduction(aux, losses),
         in_place=in_place,
         axes=axes,
-        gather=check_gather(axes, gather, reduce, param_specs, count),
+        gather=gather,
     )
     check_aux_wanted(aux, has_aux)
 

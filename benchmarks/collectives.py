@@ -49,28 +49,22 @@ apart until the window closes.
     accumulate(reduce_axis)  0.000     1.000    0.000    5   1175     0.000      0
 
     Sharded: a transformer of 671 MB, 8 microbatches in one call
-    gather, reduce       args   temp    sum  gathered  reduced    loop     MB  moves
+                         args   temp    sum  gathered  reduced    loop     MB  moves
     automatic sharding  0.375  0.513  0.888    15.401   10.000  10.000  18265    480
-    each, each          0.375  0.513  0.888    15.401   10.000  10.000  18265    480
-    each, once          0.375  2.484  2.859     8.000    1.000   0.000   5286      0
-    once, each          0.375  2.437  2.812     1.000    8.000   8.000   5286      0
-    once, once          0.375  2.300  2.675     1.000    1.000   0.000   1175      0
+    FSDP                0.375  0.513  0.888    15.401   10.000  10.000  18265    480
+    FSDP(once=True)     0.375  2.300  2.675     1.000    1.000   0.000   1175      0
 
     Sharded: a transformer of 671 MB, a window of 8 calls
-    gather, reduce       args   temp    sum  gathered  reduced   loop     MB  moves
+                         args   temp    sum  gathered  reduced   loop     MB  moves
     automatic sharding  0.500  0.388  0.888    15.401   10.000  9.600  18265    480
-    each, each          0.500  0.388  0.888    15.401   10.000  9.600  18265    480
-    each, once          0.500  2.103  2.603     8.000    8.000  0.000   9397      0
-    once, each          0.500  2.072  2.572     8.000    8.000  0.000   9397      0
-    once, once          0.500  2.103  2.603     8.000    8.000  0.000   9397      0
+    FSDP                0.500  0.388  0.888    15.401   10.000  9.600  18265    480
+    FSDP(once=True)     0.500  2.103  2.603     8.000    8.000  0.000   9397      0
 
     Sharded: 16 matrices of 1024 x 1024, not scanned, 8 microbatches in one call
-    gather, reduce       args   temp    sum  gathered  reduced   loop   MB  moves
+                         args   temp    sum  gathered  reduced   loop   MB  moves
     automatic sharding  0.500  1.453  1.953     8.000    8.000  8.000  940      0
-    each, each          0.500  1.453  1.953     8.000    8.000  8.000  940      0
-    each, once          0.500  2.281  2.781     8.000    1.000  0.000  528      0
-    once, each          0.500  2.250  2.750     1.000    8.000  8.000  528      0
-    once, once          0.500  2.547  3.047     1.000    1.000  0.000  117      0
+    FSDP                0.500  1.453  1.953     8.000    8.000  8.000  940      0
+    FSDP(once=True)     0.500  2.547  3.047     1.000    1.000  0.000  117      0
 """
 
 import argparse
@@ -138,9 +132,9 @@ AUTO = "automatic sharding"
 REDUCED = "value_and_grad(reduce_axis)"
 PLAIN = "train_step(reduce_axis)"
 APART = "accumulate(reduce_axis)"
+LAYERS, ONCE = "FSDP", "FSDP(once=True)"
 BARRED = REDUCED, PLAIN, APART
 PLACES: Any = ("loop",), ("boundary", "branch"), ("outside",)
-WHEN = "each", "once"  # the parameters are gathered, and the gradients reduced
 MATRICES = 16, 1024, 256  # and the rows of a microbatch, on each device
 
 
@@ -151,13 +145,14 @@ def within_a_call(model: Model, mesh: Mesh) -> dict[str, Case]:
     def applied(gradient: forms.Gradient) -> Case:
         return Case(forms.whole(forms.applied(ADAMW), gradient))
 
+    devices = accumax.DataParallel(AXIS, mesh=mesh)
     found = {AUTO: applied(accumax.value_and_grad(loss, microbatch_size=whole))}
     if hasattr(optax, "microbatching"):  # Optax 0.2.5 has none
         found[forms.MICROBATCHING] = applied(
             forms.peer(jax.value_and_grad(loss), whole)
         )
     found[REDUCED] = applied(
-        accumax.value_and_grad(loss, microbatch_size=whole, reduce_axis=AXIS, mesh=mesh)
+        accumax.value_and_grad(loss, microbatch_size=whole, reduce_axis=devices)
     )
     return found
 
@@ -166,7 +161,8 @@ def across_calls(model: Model, mesh: Mesh) -> dict[str, Case]:
     """A window of EVERY calls."""
     loss, multi = model.loss, optax.MultiSteps(ADAMW, EVERY).gradient_transformation()
     plain = accumax.accumulate(ADAMW, EVERY)
-    apart = accumax.accumulate(ADAMW, EVERY, reduce_axis=AXIS, mesh=mesh)
+    devices = accumax.DataParallel(AXIS, mesh=mesh)
+    apart = accumax.accumulate(ADAMW, EVERY, reduce_axis=devices)
 
     def fused(tx: optax.GradientTransformation, **options: Any) -> Form:
         return Form(accumax.train_step(loss, tx, **options), tx.init)
@@ -175,7 +171,7 @@ def across_calls(model: Model, mesh: Mesh) -> dict[str, Case]:
     return {
         forms.MULTISTEPS: Case(forms.whole(forms.applied(multi), gradient), EVERY),
         forms.TRAIN_STEP: Case(fused(plain), EVERY),
-        PLAIN: Case(fused(plain, reduce_axis=AXIS, mesh=mesh), EVERY),
+        PLAIN: Case(fused(plain, reduce_axis=devices), EVERY),
         APART: Case(fused(apart), EVERY, apart=True),
     }
 
@@ -201,12 +197,10 @@ def sharded(model: Model, mesh: Mesh, calls: int) -> dict[str, Case]:
         )
         return Case(forms.whole(forms.applied(ADAMW), gradient), params=specs)
 
-    options: Any = {"reduce_axis": AXIS, "mesh": mesh, "param_specs": specs}
-    return {AUTO: applied()} | {
-        f"{gather}, {reduce}": applied(gather=gather, reduce=reduce, **options)
-        for gather in WHEN
-        for reduce in WHEN
-    }
+    def fsdp(once: bool) -> Case:
+        return applied(reduce_axis=accumax.FSDP(AXIS, specs, once=once, mesh=mesh))
+
+    return {AUTO: applied(), LAYERS: fsdp(False), ONCE: fsdp(True)}
 
 
 def every(cases: dict[str, Case], model: Model, mesh: Mesh) -> dict[str, Found]:
@@ -368,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
             found = every(sharded(each, mesh, n), each, mesh)
             print_sharded(f"Sharded: {name}, {title}", found)
             if n == 1:
-                f = found["once, once"]
+                f = found[ONCE]
                 pair = f.volume(GATHERS), f.volume(REDUCTIONS)
                 limits.append((f"gathered or reduced once, {name}", max(pair), 1.002))
 

@@ -50,8 +50,11 @@ def put(mesh, rows):
 
 
 def value_and_grad(loss, mesh, w, rows):
-    options = {"microbatch_size": 4, "weighted": True, "reduce_axis": AXIS}
-    return jax.jit(accumax.grad(loss, mesh=mesh, **options))(w, put(mesh, rows))
+    options = {"microbatch_size": 4, "weighted": True}
+    devices = accumax.DataParallel(AXIS, mesh=mesh)
+    return jax.jit(accumax.grad(loss, reduce_axis=devices, **options))(
+        w, put(mesh, rows)
+    )
 
 
 def own_shard_map(loss, mesh, w, rows):
@@ -67,7 +70,8 @@ def own_shard_map(loss, mesh, w, rows):
 
 
 def train_step(loss, mesh, w, rows):
-    tx = accumax.accumulate(optax.sgd(1.0), 2, reduce_axis=AXIS, mesh=mesh)
+    devices = accumax.DataParallel(AXIS, mesh=mesh)
+    tx = accumax.accumulate(optax.sgd(1.0), 2, reduce_axis=devices)
     step = jax.jit(accumax.train_step(loss, tx, weighted=True))
     state, new = tx.init(w), w
     for half in (rows[::2], rows[1::2]):

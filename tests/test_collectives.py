@@ -30,6 +30,10 @@ MATRICES = forms.matrices(3, WIDTH)
 SIZE = transformer.Size(layers=3, width=16, heads=2, vocabulary=32, length=8)
 
 
+def devices(mesh=MESH):
+    return accumax.DataParallel("data", mesh=mesh)
+
+
 def placed(tree, spec=None, mesh=MESH):
     sharding = NamedSharding(mesh, spec or P())
     return jax.tree.map(
@@ -94,7 +98,10 @@ WITHIN = {
 def test_a_call_reduces_its_gradient_once_and_moves_no_row(case):
     loss, params, rows, options = WITHIN[case]
     f = accumax.value_and_grad(
-        loss, microbatch_size=ROWS, reduce_axis="data", mesh=MESH, **options
+        loss,
+        microbatch_size=ROWS,
+        reduce_axis=devices(),
+        **options,
     )
     found = collectives_of(f, placed(params), rows())
     assert reductions(found, "loop", least=0) == 0
@@ -109,7 +116,9 @@ def test_a_call_reduces_its_gradient_once_and_moves_no_row(case):
 def test_bfloat16_gradients_are_reduced_in_float32_before_xla_has_a_say():
     # XLA:CPU makes float32 of every bfloat16 reduction.
     f = accumax.value_and_grad(
-        forms.matrices_loss, microbatch_size=ROWS, reduce_axis="data", mesh=MESH
+        forms.matrices_loss,
+        microbatch_size=ROWS,
+        reduce_axis=devices(),
     )
     text = jax.jit(f).lower(placed(HALF), batch()).as_text()
     reduced = re.findall(r"all_reduce.*?\}\) : \((.*?)\)", text, re.DOTALL)
@@ -130,7 +139,10 @@ def state_of(tx, params):
 
 def apart(mesh=MESH, **options):
     return accumax.accumulate(
-        optax.adamw(1e-3), every=3, reduce_axis="data", mesh=mesh, **options
+        optax.adamw(1e-3),
+        every=3,
+        reduce_axis=devices(mesh),
+        **options,
     )
 
 
@@ -173,7 +185,7 @@ def test_a_window_reduces_its_gradient_once_where_it_closes(case):
 @pytest.mark.slow
 def test_a_plain_state_is_reduced_once_in_each_call():
     tx = accumax.accumulate(optax.adamw(1e-3), every=3)
-    step = accumax.train_step(layers_loss, tx, reduce_axis="data", mesh=MESH)
+    step = accumax.train_step(layers_loss, tx, reduce_axis=devices())
     params = placed(LAYERS)
     state = placed(jax.eval_shape(tx.init, LAYERS))
     found = collectives_of(step, params, state, tokens(ROWS))
@@ -225,7 +237,9 @@ def test_beside_tensor_parallelism_only_its_own_reductions_are_in_the_loop(acros
         args = params, tx.init(params), batch(mesh=mesh)
     else:
         f = accumax.value_and_grad(
-            loss, microbatch_size=ROWS, reduce_axis="data", mesh=mesh
+            loss,
+            microbatch_size=ROWS,
+            reduce_axis=devices(mesh),
         )
         args = params, batch(mesh=mesh)
     found = collectives_of(f, *args)
@@ -251,11 +265,11 @@ def divided(tree, like):
     return jax.tree.map(lambda s: placed(s, specs.get(s.shape)), tree)
 
 
-def fsdp(loss, params, rows, across, gather, reduce):
+def fsdp(loss, params, rows, across, once):
     """A call with `PARTS` microbatches, lowered."""
     specs = jax.tree.map(shard, params)
-    options = {"reduce_axis": "data", "mesh": MESH, "param_specs": specs}
-    options |= {"microbatch_size": ROWS, "gather": gather, "reduce": reduce}
+    axis = accumax.FSDP("data", specs, once=once, mesh=MESH)
+    options = {"microbatch_size": ROWS, "reduce_axis": axis}
     if not across:
         f = accumax.value_and_grad(loss, **options)
         return jax.jit(f).lower(divided(params, params), rows())
@@ -271,21 +285,18 @@ SHARDED = {
     "a scan over layers": (layers_loss, LAYERS, tokens, False),
     "across calls": (*HALVES, True),
 }
-HOW = "once-once", "each-once", "once-each"  # gather, and reduce
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", SHARDED)
-def test_shards_are_gathered_and_reduced_each_or_once(case, how):
-    gather, reduce = how.split("-")
-    lowered = fsdp(*SHARDED[case], gather, reduce)
+def test_shards_are_gathered_and_reduced_once(case):
+    lowered = fsdp(*SHARDED[case], True)
     found = exchanges.collectives(lowered.compile().as_text())
-    params, expected = SHARDED[case][1], {"once": ("outside", 1), "each": ("loop", 8)}
-    for op, when in (("all-gather", gather), ("reduce-scatter", reduce)):
+    params = SHARDED[case][1]
+    for op in ("all-gather", "reduce-scatter"):
         these = [x for x in found if x.op == op]
         assert len(these) == len(jax.tree.leaves(params))
-        assert {(x.place, x.executions) for x in these} == {expected[when]}
+        assert {(x.place, x.executions) for x in these} == {("outside", 1)}
         # XLA:CPU makes float32 of what is bfloat16.
         assert sum(x.bytes for x in these) == gradient_bytes(params)
     (other,) = [x for x in found if x.op not in ("all-gather", "reduce-scatter")]
@@ -294,9 +305,8 @@ def test_shards_are_gathered_and_reduced_each_or_once(case, how):
 
 
 @pytest.mark.parametrize("across", [False, True])
-@pytest.mark.parametrize("how", HOW)
-def test_bfloat16_shards_are_gathered_as_such_and_reduced_in_float32(how, across):
-    text = fsdp(*HALVES, across, *how.split("-")).as_text()
+def test_bfloat16_shards_are_gathered_as_such_and_reduced_in_float32(across):
+    text = fsdp(*HALVES, across, True).as_text()
 
     def dtypes(op, end):
         found = re.findall(rf"stablehlo\.{op}\b.*?{end} : \((.*?)\)", text, re.DOTALL)
@@ -311,8 +321,8 @@ def test_bfloat16_shards_are_gathered_as_such_and_reduced_in_float32(how, across
 @pytest.mark.parametrize("across", [False, True])
 def test_layer_by_layer_a_device_has_neither_parameters_nor_sums_whole(across):
     once, each = (
-        fsdp(layers_loss, LAYERS, tokens, across, how, how).compile()
-        for how in ("once", "each")
+        fsdp(layers_loss, LAYERS, tokens, across, how).compile()
+        for how in (True, False)
     )
     temps = [x.memory_analysis().temp_size_in_bytes for x in (once, each)]
     # Of two trees, parameters and sums, a device has a quarter instead of all.
@@ -330,7 +340,7 @@ def test_the_figures_print_their_bars(capsys, monkeypatch):
 
     only(collectives.REDUCED, collectives.within_a_call)
     only(collectives.APART, collectives.across_calls)
-    only("once, once", collectives.sharded)
+    only(collectives.ONCE, collectives.sharded)
     monkeypatch.setattr(collectives, "MATRICES", (2, 16, 4))
     collectives.main(["cpu", "--size", "1,16,2,32,8"])
     out = capsys.readouterr().out
@@ -348,7 +358,7 @@ def test_what_more_devices_send_is_in_rings_over_fast_and_slow_links(
     capsys, monkeypatch
 ):
     def found(cases, model, mesh):
-        assert {collectives.REDUCED, "sharded: once, once"} < set(cases)
+        assert {collectives.REDUCED, "sharded: FSDP(once=True)"} < set(cases)
         whole = exchanges.Collective(
             "all-reduce", "outside", 1, 10**9, frozenset(), frozenset()
         )

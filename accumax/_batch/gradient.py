@@ -155,7 +155,7 @@ class Gradient:
             grads = loop.zeros(self.accumulated, call.live, cuts)
         else:
             grads = reset(*begun)[0]
-            if gather is not None and gather.reduce == "once":
+            if gather is not None and gather.once:
                 # A device has a part of the sums, and the whole of this call's.
                 before, grads = grads, loop.zeros(self.accumulated, call.live, cuts)
             elif gather is not None:

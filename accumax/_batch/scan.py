@@ -111,7 +111,7 @@ class Loop:
         if self.axes is not None:
             live = self.axes.vary(live)
         divided = None if cuts is None else dict(zip(call.argnums, cuts, strict=True))
-        if self.gather is not None and self.gather.gather == "once":
+        if self.gather is not None and self.gather.once:
             live = self.gather.whole(live, divided)
         sums = typed_like(dict(zip(call.argnums, grads, strict=True)), live)
         first = state = jax.tree.map(_tree.strong, call.state)
@@ -260,7 +260,7 @@ class _Term:
     def whole(self, part: Part) -> dict[int, PyTree]:
         """What is differentiated, of which a device may have a part only."""
         gather = self.loop.gather
-        if gather is None or gather.gather == "once":
+        if gather is None or gather.once:
             return self.live
         return gather.whole(self.live, self.cuts, part.index)
 
@@ -283,7 +283,7 @@ class _Term:
             return value, (taken, (loss, new))
 
         gather, parts = self.loop.gather, None
-        if gather is not None and gather.reduce == "each":
+        if gather is not None and not gather.once:
             parts = functools.partial(gather.parts, cuts=self.cuts)
         live = self.whole(part)
         out, grads = backward(fun, live, grads, in_place=self.in_place, parts=parts)

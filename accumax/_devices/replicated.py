@@ -222,7 +222,7 @@ class Axes:
                 raise ValueError(
                     f"{name}{jax.tree_util.keystr(path)} is sharded by {spec}, over "
                     f"reduce_axis={self.names}, and a device needs all of it. Pass "
-                    "gather=... and param_specs=... to accumax.train_step or "
+                    "reduce_axis=accumax.FSDP(...) to accumax.train_step or "
                     "value_and_grad, and no reduce_axis to accumax.accumulate."
                 )
 
@@ -261,7 +261,8 @@ class Axes:
         if mesh.empty:
             raise ValueError(
                 f"reduce_axis={self.names}, and there is no mesh. Call this under "
-                "jax.set_mesh(mesh), or pass mesh=..."
+                "jax.set_mesh(mesh), or pass accumax."
+                "DataParallel(..., mesh=mesh)."
             )
         for name in self.names:
             if name not in mesh.axis_names:
@@ -286,24 +287,71 @@ class Axes:
         return jax.sharding.reshard(x, PartitionSpec(*new))
 
 
-def check_axes(reduce_axis: Any, mesh: Any) -> Axes | None:
-    """The `Axes` of these options, None for none.
+@dataclasses.dataclass(frozen=True)
+class DataParallel:
+    """Devices along a mesh axis: rows are divided, parameters are whole on each.
+
+    For `reduce_axis=` of `accumax.accumulate`, `train_step`, `value_and_grad` and
+    `grad`. Each device adds up the gradient of its own rows, and all are reduced once:
+    at the end of a window, or of a call. `reduce_axis="data"` is short for
+    `reduce_axis=DataParallel("data")`.
+
+    Args:
+      axis: the mesh axis, or a tuple of several. Other axes stay as they are.
+      mesh: the mesh; that of `jax.set_mesh` by default.
 
     Raises:
-      TypeError, ValueError: they are none.
+      TypeError, ValueError: an argument is none of these, or the mesh lacks the axis.
+
+    >>> import accumax, jax
+    >>> import jax.numpy as jnp
+    >>> from jax.sharding import AxisType
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
+    >>> grad_fn = accumax.grad(
+    ...     lambda w, x: jnp.mean(w * x),
+    ...     microbatches=2,
+    ...     reduce_axis=accumax.DataParallel("data", mesh=mesh),
+    ... )
+    >>> print(jax.jit(grad_fn)(1.0, jnp.arange(16.0)))
+    7.5
+    """
+
+    axis: AxisNames
+    _: dataclasses.KW_ONLY
+    mesh: MeshLike | None = None
+
+    def __post_init__(self):
+        axes_of_mesh(self.axis, self.mesh)
+
+
+def check_axes(reduce_axis: Any) -> Axes | None:
+    """The `Axes` of a `reduce_axis` that is none, names, or a `DataParallel`.
+
+    Raises:
+      TypeError, ValueError: it is none of these, or the mesh lacks an axis.
     """
     if reduce_axis is None:
-        if mesh is not None:
-            raise ValueError("mesh=... is for reduce_axis=..., which is not given.")
         return None
-    several = isinstance(reduce_axis, (tuple, list))
-    names = tuple(reduce_axis) if several else (reduce_axis,)
+    if isinstance(reduce_axis, DataParallel):
+        return axes_of_mesh(reduce_axis.axis, reduce_axis.mesh)
+    return axes_of_mesh(reduce_axis, None)
+
+
+def axes_of_mesh(axis: Any, mesh: Any) -> Axes:
+    """The axes of these names.
+
+    Raises:
+      TypeError, ValueError: they are none, or the mesh lacks one.
+    """
+    several = isinstance(axis, (tuple, list))
+    names = tuple(axis) if several else (axis,)
     if not names or not all(isinstance(name, str) for name in names):
         raise TypeError(
-            f"{reduce_axis=} must be the name of a mesh axis, or a tuple of them."
+            f"reduce_axis={axis!r} must be the name of a mesh axis, a tuple of them, "
+            "an accumax.DataParallel or an accumax.FSDP."
         )
     if len(set(names)) < len(names):
-        raise ValueError(f"{reduce_axis=} names an axis twice.")
+        raise ValueError(f"reduce_axis={axis!r} names an axis twice.")
     if mesh is not None and not isinstance(
         mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)
     ):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .. import _tree
 from .._types import ArrayLike, PyTree
 from .._xla.varying import explicit_axes
-from .replicated import Axes, on_first
+from .replicated import (
+    Axes,
+    AxisNames,
+    DataParallel,
+    MeshLike,
+    axes_of_mesh,
+    check_axes,
+    on_first,
+)
 from .specs import names_in, only, spec_of
-
-When: TypeAlias = Literal["each", "once"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +67,14 @@ class Gather:
 
     Attributes:
       axes: the devices.
-      gather: parameters are gathered for "each" microbatch, or "once" for a call.
-      reduce: gradients are reduced, to the part of the device, for "each" microbatch or
-        "once" for a call, until when a device keeps a whole sum.
+      once: parameters are gathered, and gradients are reduced to the device's part,
+        once for a call, until when a device keeps whole ones. Else for each microbatch.
       specs: for each argument that is differentiated how it is sharded, None for what
         its arrays say.
     """
 
     axes: Axes
-    gather: When
-    reduce: When
+    once: bool
     specs: tuple[PyTree, ...]
 
     def cuts_of(self, args: tuple, argnums: tuple[int, ...]) -> tuple[PyTree, ...]:
@@ -89,7 +93,7 @@ class Gather:
         others = [name for name in explicit if name not in axes.names]
         if others:
             raise ValueError(
-                f"gather={self.gather!r} and a mesh with the explicit axes {others} "
+                f"accumax.FSDP and a mesh with the explicit axes {others} "
                 "besides reduce_axis do not go together: JAX cannot scatter over a "
                 "part of explicit axes. Make these axes AxisType.Auto."
             )
@@ -98,17 +102,17 @@ class Gather:
             typed = set(axes.names) <= set(explicit) and not axes.inside
             if not typed and any(isinstance(x, Tracer) for x in leaves):
                 raise ValueError(
-                    f"gather={self.gather!r} needs to know how the parameters are "
+                    "accumax.FSDP needs to know how the parameters are "
                     "sharded, which their types do not say under jit with a mesh of "
-                    "automatic axes, or in a shard_map. Pass param_specs=jax.tree.map("
-                    "lambda p: p.sharding.spec, params)."
+                    "automatic axes, or in a shard_map. Pass specs=jax.tree.map(lambda "
+                    "p: p.sharding.spec, params)."
                 )
             specs = structure.unflatten(map(spec_of, leaves))
         try:
             specs = jax.tree.broadcast(specs, params, is_leaf=_is_spec)
         except ValueError as error:
             raise ValueError(
-                f"param_specs must be a prefix of the parameters, "
+                f"specs of accumax.FSDP must be a prefix of the parameters, "
                 f"{_tree.outline(params)}: {error}"
             ) from None
 
@@ -121,7 +125,7 @@ class Gather:
                 count = math.prod(mesh.shape[name] for name in names)
                 if i >= x.ndim or x.shape[i] % count:
                     raise ValueError(
-                        f"param_specs{jax.tree_util.keystr(path)}={spec} divides axis "
+                        f"specs{jax.tree_util.keystr(path)}={spec} divides axis "
                         f"{i} of a parameter of shape {x.shape} by {count} devices, "
                         "which is impossible. Leave it whole: PartitionSpec()."
                     )
@@ -139,9 +143,12 @@ class Gather:
         Here, a parameter is gathered as a whole, which for layers that are scanned is
         all of them at once.
         """
-        each = self.gather == self.reduce == "each"
         explicit = set(explicit_axes(self.axes.where()))
-        return each and not self.axes.inside and explicit.isdisjoint(self.axes.names)
+        return (
+            not self.once
+            and not self.axes.inside
+            and explicit.isdisjoint(self.axes.names)
+        )
 
     def placed(self, tree: PyTree, cuts: PyTree) -> PyTree:
         """`tree` as the parameters are sharded, if `automatic`."""
@@ -159,7 +166,7 @@ class Gather:
 
     def whole(self, params: PyTree, cuts: PyTree, i: ArrayLike = 0) -> PyTree:
         """`params` gathered, for microbatch i, () integer."""
-        if self.gather == "each":  # else XLA does it before the loop, once for all
+        if not self.once:  # else XLA does it before the loop, once for all
             params, _ = lax.optimization_barrier((params, jnp.asarray(i)))
         return jax.tree.map(lambda x, cut: cut.gathered(x), params, cuts)
 
@@ -167,7 +174,7 @@ class Gather:
         """-0.0 to add the gradients of a call in; `shapes`: of a device's parts."""
 
         def zero(x: Any, cut: Cut) -> jax.Array:
-            shape = x.shape if self.reduce == "each" else cut.whole(x.shape)
+            shape = x.shape if not self.once else cut.whole(x.shape)
             return jnp.full(shape, _tree.minus_zero(x.dtype))
 
         return self.axes.vary(jax.tree.map(zero, shapes, cuts))
@@ -185,11 +192,11 @@ class Gather:
         with jax.named_scope("accumax.reduce"):
             parts = jax.tree.map(lambda g, cut: cut.scattered(g), grads, cuts)
         # Or XLA:TPU adds up whole gradients, and scatters their sum after the loop.
-        return lax.optimization_barrier(parts) if self.reduce == "each" else parts
+        return lax.optimization_barrier(parts) if not self.once else parts
 
     def sum(self, sums: PyTree, cuts: PyTree) -> PyTree:
         """The device's parts of the sums of all."""
-        if self.reduce == "once":
+        if self.once:
             sums = self.parts(sums, cuts)
 
         def over_rest(x: jax.Array, cut: Cut) -> jax.Array:
@@ -207,34 +214,74 @@ def specs_of(cuts: PyTree, params: PyTree = None) -> PyTree:
     return _tree.restore(specs, jax.tree.map(lambda _: PartitionSpec(), params))
 
 
-def check_gather(
-    axes: Axes | None, gather: Any, reduce: Any, specs: Any, count: int | None = None
-) -> Gather | None:
-    """The `Gather` of these options, None for none.
+@dataclasses.dataclass(frozen=True)
+class FSDP:
+    """Devices along a mesh axis over which parameters are sharded, as rows are.
 
-    `count`: of arguments, if `specs` has one for each, else None for one argument.
+    For `reduce_axis=` of `accumax.train_step`, `value_and_grad` and `grad`. Sums and
+    optimizer state are sharded as the parameters are. Gradients are reduced in every
+    call.
+
+    Args:
+      axis: the mesh axis, or a tuple of several.
+      specs: the `PartitionSpec`s of what is differentiated, a prefix of it (of several
+        arguments, a tuple). Needed under jit with automatic axes, where types do not
+        say them.
+      once: False leaves it to XLA to gather parameters and to reduce gradients, layer
+        by layer in each microbatch: least memory, most traffic. The loss then sees the
+        rows of all devices. True gathers all parameters once in a call and reduces all
+        gradients once: least traffic, and each device has whole ones for a while.
+      mesh: the mesh; that of `jax.set_mesh` by default.
 
     Raises:
-      ValueError: they are none.
+      TypeError, ValueError: an argument is none of these, or the mesh lacks the axis;
+        at the call, if the parameters cannot be divided so.
+
+    >>> import accumax, jax
+    >>> import jax.numpy as jnp
+    >>> from jax.sharding import AxisType, NamedSharding, PartitionSpec
+    >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), (AxisType.Auto,))
+    >>> spec = PartitionSpec("data")
+    >>> w = jax.device_put(jnp.ones(8), NamedSharding(mesh, spec))
+    >>> grad_fn = accumax.grad(
+    ...     lambda w, x: jnp.mean(x @ w),
+    ...     microbatches=2,
+    ...     reduce_axis=accumax.FSDP("data", spec, once=True, mesh=mesh),
+    ... )
+    >>> print(jax.jit(grad_fn)(w, jnp.ones((16, 8))))
+    [1. 1. 1. 1. 1. 1. 1. 1.]
     """
-    if gather is None:
-        for name, value in (("reduce", reduce), ("param_specs", specs)):
-            if value is not None:
-                raise ValueError(
-                    f"{name}=... is for gather=..., of parameters that are sharded "
-                    "over reduce_axis."
-                )
-        return None
-    if axes is None:
-        raise ValueError(
-            f"{gather=} is for reduce_axis=..., over which the parameters are sharded."
-        )
-    reduce = "each" if reduce is None else reduce
-    for name, value in (("gather", gather), ("reduce", reduce)):
-        if value not in get_args(When):
-            raise ValueError(f"{name}={value!r} must be one of {get_args(When)}.")
+
+    axis: AxisNames
+    specs: PyTree = None
+    _: dataclasses.KW_ONLY
+    once: bool = False
+    mesh: MeshLike | None = None
+
+    def __post_init__(self):
+        axes_of_mesh(self.axis, self.mesh)
+        if not isinstance(self.once, bool):
+            raise TypeError(f"once={self.once!r} must be True or False.")
+
+
+Devices: TypeAlias = AxisNames | DataParallel | FSDP
+
+
+def check_devices(
+    reduce_axis: Any, count: int | None = None
+) -> tuple[Axes | None, Gather | None]:
+    """What `reduce_axis` says: the devices, and how parameters are divided over them.
+
+    `count`: of arguments, if specs have one for each, else None for one argument.
+
+    Raises:
+      TypeError, ValueError: it is none of `Devices`, or the mesh lacks an axis.
+    """
+    if not isinstance(reduce_axis, FSDP):
+        return check_axes(reduce_axis), None
+    axes, specs = axes_of_mesh(reduce_axis.axis, reduce_axis.mesh), reduce_axis.specs
     each = (specs,) if count is None else (None,) * count if specs is None else specs
-    return Gather(axes, gather, reduce, each)
+    return axes, Gather(axes, reduce_axis.once, each)
 
 
 def _is_spec(x: Any) -> bool:
