@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _tree
-from ._batch.arguments import Places, parameters, takes_any_keyword
+from ._batch.arguments import Places, parameters
 from ._batch.gradient import Begun, Gradient, at_once
 from ._batch.loss import Call, Loss, StatefulLoss
 from ._batch.outputs import check_aux_wanted, check_reductions
@@ -168,16 +168,16 @@ def _check_keywords(
     window: Window, loss: StatefulLoss, extra_args: dict[str, Any]
 ) -> None:
     """Checks that keywords are meant for the optimizer."""
-    names = set(parameters(loss.source))
-    if names & extra_args.keys():
+    names, takes_any = parameters(loss.source)
+    if extra_args.keys() & names:
         raise TypeError(
-            f"The keyword arguments {sorted(names & extra_args.keys())} are named "
+            f"The keyword arguments {sorted(extra_args.keys() & names)} are named "
             "like arguments of loss_fn, but keywords go to the optimizer. Pass "
             "loss_fn's arguments by position: step(params, opt_state, batch, ...)."
         )
     window.check_names(extra_args, strict=True)
     known = window.inner.names | set(window.accumulator.averaged_args) | OF_OPTAX
-    if takes_any_keyword(loss.source) and extra_args.keys() - known:
+    if takes_any and extra_args.keys() - known:
         raise TypeError(
             f"The keyword arguments {sorted(extra_args.keys() - known)} go to the "
             "optimizer, and loss_fn with its ** would not see them. Bind them "

@@ -93,23 +93,16 @@ def check_names(**lists: Any) -> list[tuple[str, ...]]:
     return checked
 
 
-def parameters(fun: Callable[..., Any]) -> list[str]:
-    """The names by which arguments could be passed to `fun`, in their order."""
+def parameters(fun: Callable[..., Any]) -> tuple[list[str], bool]:
+    """The names by which `fun` takes arguments, in order, and whether it has a `**`."""
     try:
         found = inspect.signature(fun).parameters.values()
     except (TypeError, ValueError):  # some callables have none
-        return []
-    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    return [p.name for p in found if p.kind not in variadic]
-
-
-def takes_any_keyword(fun: Callable[..., Any]) -> bool:
-    """Whether `fun` has a `**`."""
-    try:
-        found = inspect.signature(fun).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    return any(p.kind == inspect.Parameter.VAR_KEYWORD for p in found)
+        return [], False
+    any_name = inspect.Parameter.VAR_KEYWORD
+    variadic = inspect.Parameter.VAR_POSITIONAL, any_name
+    names = [p.name for p in found if p.kind not in variadic]
+    return names, any(p.kind == any_name for p in found)
 
 
 def check_rows(batches: dict[Place, PyTree]) -> int:
@@ -195,6 +188,33 @@ def check_no_key(place: Place, tree: PyTree) -> None:
             )
 
 
+def check_shared(
+    shared: dict[Place, PyTree],
+    rows: int,
+    argnums: tuple[int, ...],
+    batch_argnums: tuple[Place, ...],
+) -> None:
+    """Checks what goes whole to every microbatch: no key, and not rows by mistake.
+
+    It warns of an argument with as many rows as the batch that is not differentiated.
+
+    Raises:
+      ValueError: it holds a key, of which all microbatches would draw the same numbers.
+    """
+    for place, tree in shared.items():
+        check_no_key(place, tree)
+        if place in argnums or rows == 1:
+            continue
+        if getattr(tree, "shape", ())[:1] == (rows,):
+            warnings.warn(
+                f"Argument {place!r} is {_tree.describe(tree)}, with as many rows as "
+                "the batch, and goes whole to every microbatch. If it holds rows of "
+                "the batch, let batch_argnums name it too: batch_argnums="
+                f"{(*batch_argnums, place)}.",
+                stacklevel=2,
+            )
+
+
 def check_keys(place: Place, keys: PyTree) -> None:
     leaves = jax.tree.leaves(keys)
     for key in leaves or [None]:
@@ -219,7 +239,7 @@ def find(
     Raises:
       ValueError: it does not have one. `name`: of the option that lists them.
     """
-    names = parameters(fun)
+    names, _ = parameters(fun)
     found = set()
     for place in listed:
         at = place

@@ -1,7 +1,7 @@
 """A call in microbatches: which rows go together, and in which order."""
 
 import dataclasses
-import warnings
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from .. import _tree
 from .._devices.replicated import Axes
 from .._devices.specs import only
 from .._types import ArrayLike, PyTree
@@ -19,10 +18,10 @@ from .._xla.varying import explicit_axes, fitted
 from .arguments import (
     Place,
     check_keys,
-    check_no_key,
     check_places,
     check_positive,
     check_rows,
+    check_shared,
     find,
 )
 
@@ -189,6 +188,46 @@ class Split:
         Raises:
           TypeError, ValueError: the call does not fit.
         """
+        batches, keys = self._places(fun, argnums, args, kwargs)
+        call = {**dict(enumerate(args)), **kwargs}
+        rows = check_rows({place: call[place] for place in batches})
+        for place in keys:
+            check_keys(place, call[place])
+        if axes is not None:
+            call |= {place: fold_in(call[place], axes.index()) for place in keys}
+        shared = {p: call[p] for p in call.keys() - batches - keys}
+        check_shared(shared, rows, argnums, self.batch_argnums)
+        size, count = self._sizes(rows)
+        tail = rows - size * count
+        if tail:
+            _check_tail([call[place] for place in batches], rows, size)
+        divide = functools.partial(_rows_of, size=size, count=count, tail=tail)
+        # A tuple, because JAX cannot sort a dict of positions and keywords.
+        cut = divide(tuple(call[place] for place in batches))
+
+        def part(i: ArrayLike, last: bool = False) -> Part:
+            here = call | dict(zip(batches, cut(i, last), strict=True))
+            here |= {place: fold_in(call[place], i) for place in keys}
+            return Part(
+                tuple(here[n] for n in range(len(args))),
+                {name: here[name] for name in kwargs},
+                i,
+                tail if last else size,
+                last,
+            )
+
+        unit = 2 ** (size - 1).bit_length() if tail else size
+        places = frozenset(batches)
+        return Parts(rows, size, count, tail, unit, places, divide, part, self.unroll)
+
+    def _places(
+        self,
+        fun: Callable[..., Any],
+        argnums: tuple[int, ...],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> tuple[set[Place], set[Place]]:
+        """Where the call has rows, and where it has keys."""
         batches = find("batch_argnums", self.batch_argnums, fun, args, kwargs)
         keys = find("rng_argnums", self.rng_argnums, fun, args, kwargs)
         for name, places in (("batch_argnums", batches), ("rng_argnums", keys)):
@@ -205,84 +244,7 @@ class Split:
                 f"rng_argnums={self.rng_argnums} share an argument. "
                 "One key for each row belongs in batch_argnums alone."
             )
-
-        call = {**dict(enumerate(args)), **kwargs}
-        for place in call.keys() - batches - keys:
-            check_no_key(place, call[place])
-        rows = check_rows({place: call[place] for place in batches})
-        for place in keys:
-            check_keys(place, call[place])
-        if axes is not None:
-            call |= {place: fold_in(call[place], axes.index()) for place in keys}
-        for place in call.keys() - batches - keys - set(argnums):
-            if rows > 1 and getattr(call[place], "shape", ())[:1] == (rows,):
-                warnings.warn(
-                    f"Argument {place!r} is {_tree.describe(call[place])}, with as "
-                    f"many rows as the batch, and goes whole to every microbatch. If "
-                    "it holds rows of the batch, let batch_argnums name it too: "
-                    f"batch_argnums={(*self.batch_argnums, place)}.",
-                    stacklevel=2,
-                )
-        size, count = self._sizes(rows)
-        tail = rows - size * count
-        if tail:
-            _check_tail([call[place] for place in batches], rows, size)
-
-        def divide(tree: PyTree) -> Callable[[ArrayLike, bool], PyTree]:
-            tree = jax.tree.map(jnp.asarray, tree)
-
-            def columns(x: jax.Array) -> jax.Array:  # the same memory in another shape
-                return x if tail else x.reshape(size, count, *x.shape[1:])
-
-            divided = jax.tree.map(columns, tree)
-
-            def cut(i: ArrayLike, last: bool) -> PyTree:
-                # By index, because a transposed batch would be a second one in memory,
-                # and so would one without its tail.
-                if last:
-                    # Where it begins, XLA must not know before the scan is over, or it
-                    # would keep the activations of both (`after`).
-                    return jax.tree.map(
-                        lambda x: lax.dynamic_slice_in_dim(x, i * size, tail), tree
-                    )
-                if tail:
-                    each = i + count * jnp.arange(size)
-                    return jax.tree.map(
-                        lambda x: x.at[each].get(mode="promise_in_bounds"), tree
-                    )
-                return jax.tree.map(
-                    lambda x: lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False),
-                    divided,
-                )
-
-            return cut
-
-        # A tuple, because JAX cannot sort a dict of positions and keywords.
-        cut = divide(tuple(call[place] for place in batches))
-
-        def part(i: ArrayLike, last: bool = False) -> Part:
-            here = call | dict(zip(batches, cut(i, last), strict=True))
-            here |= {place: fold_in(call[place], i) for place in keys}
-            return Part(
-                tuple(here[n] for n in range(len(args))),
-                {name: here[name] for name in kwargs},
-                i,
-                tail if last else size,
-                last,
-            )
-
-        unit = 2 ** (size - 1).bit_length() if tail else size
-        return Parts(
-            rows,
-            size,
-            count,
-            tail,
-            unit,
-            frozenset(batches),
-            divide,
-            part,
-            self.unroll,
-        )
+        return batches, keys
 
     def _sizes(self, rows: int) -> tuple[int, int]:
         if self.microbatch_size is not None:
@@ -325,6 +287,35 @@ def split(
     if not isinstance(unroll, bool):
         unroll = check_positive("unroll", unroll)
     return Split(microbatch_size, microbatches, batch, keys, unroll)
+
+
+def _rows_of(
+    tree: PyTree, *, size: int, count: int, tail: int
+) -> Callable[[ArrayLike, bool], PyTree]:
+    """`(i, last) -> rows`: those of microbatch i, or of the tail if `last`."""
+    tree = jax.tree.map(jnp.asarray, tree)
+
+    def columns(x: jax.Array) -> jax.Array:  # the same memory in another shape
+        return x if tail else x.reshape(size, count, *x.shape[1:])
+
+    divided = jax.tree.map(columns, tree)
+
+    def cut(i: ArrayLike, last: bool) -> PyTree:
+        # By index, because a transposed batch would be a second one in memory, and so
+        # would one without its tail.
+        def rows(x: jax.Array, column: jax.Array) -> jax.Array:
+            if last:
+                # XLA must not know where it begins before the scan is over, or it would
+                # keep the activations of both (`after`).
+                return lax.dynamic_slice_in_dim(x, i * size, tail)
+            if tail:
+                each = i + count * jnp.arange(size)
+                return x.at[each].get(mode="promise_in_bounds")
+            return lax.dynamic_index_in_dim(column, i, axis=1, keepdims=False)
+
+        return jax.tree.map(rows, tree, divided)
+
+    return cut
 
 
 def _check_tail(batches: PyTree, rows: int, size: int) -> None:
