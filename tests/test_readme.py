@@ -1,4 +1,4 @@
-"""The README runs: its code, and its commands as CI runs them."""
+"""The README and the pages that go on from it run, and its commands as CI runs them."""
 
 import pathlib
 import re
@@ -9,17 +9,18 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def _blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def _blocks(language, page=README):
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
 
 
 def test_the_code_runs_from_top_to_bottom():
     namespace = {}
-    blocks = _blocks("python")
-    assert blocks
-    for block in blocks:
-        exec(block, namespace)
-    # 16 calls, and one more by each form of the second block.
+    for page in ("README.md", "docs/guide.md", "docs/flax.md"):
+        blocks = _blocks("python", (ROOT / page).read_text())
+        assert blocks
+        for block in blocks:
+            exec(block, namespace)
+    # 16 calls, and one more by each form of the guide's first block.
     state = namespace["opt_state"]
     assert (state.gradient_step, state.mini_step) == (2, 3)
     assert not accumax.has_updated(state)
@@ -34,3 +35,14 @@ def test_ci_runs_the_readmes_test_command():
 def test_the_version_is_said_once():
     assert f"version: {accumax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_every_link_leads_to_a_file():
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(README.split()) <= 700
