@@ -46,9 +46,9 @@ class Accumulator(NamedTuple):
         the kind that the reduction says; with `summed`, static, they are sums under
         "mean" too. `first`, () bool: a window opens, so the sums are overwritten and
         never read. `accepted`, () bool: false if the policy or the weight refused the
-        contribution, which then added nothing. On one of several devices, `agree` is
-        from what holds on this one to what holds on all, (n,) bool or () bool, and
-        `total` from its weight and arguments to the sums of all.
+        contribution; it was then left out. For several devices: `agree(flags)`, () or
+        (n,) bool, is true where a flag is true on every device, and `total(tree)` is
+        the sum over the devices. Both are the identity on one device.
       tally: `(sums, weight, args, *, first) -> (sums, accepted)`: `add` for gradients
         that the backward pass has already added: only the weight can be refused.
       result: `(sums) -> (grads, args)`: the reduced gradient, in at least float32, and
@@ -132,7 +132,7 @@ def accumulator(
                 finite = _tree.all_finite((new, averaged))
                 return usable(weight) & ((weight == 0) | finite)
 
-            # All at once: devices that are to agree then ask each other once.
+            # In one array, so that several devices communicate once.
             checks = _tree.all_finite(sums), fits(grads), fits(added)
             sound, opens, goes_on = agree(jnp.stack(checks))
             # A window that another policy has lost is begun anew, or none would end.

@@ -55,8 +55,9 @@ class Parts:
       size: the rows of a microbatch.
       count: the microbatches of `size` rows.
       tail: the rows of the one that is smaller, 0 if there is none.
-      unit: the rows that have the weight 1 in a mean over rows: a microbatch; if not
-        all are equal, a power of two that makes all weights exact and none above 1.
+      unit: a microbatch of n rows weighs n / unit in a mean over rows. It is the
+        microbatch size or, if the last microbatch is smaller, the next power of two, so
+        that all weights are exact and at most 1.
       places: where the call has the arguments that are divided.
       divide: `(tree) -> ((i, tail) -> tree)`, the rows of microbatch i of arrays that
         have a row for each of the batch.
@@ -305,8 +306,8 @@ def _rows_of(
         # would one without its tail.
         def rows(x: jax.Array, column: jax.Array) -> jax.Array:
             if last:
-                # XLA must not know where it begins before the scan is over, or it would
-                # keep the activations of both (`after`).
+                # `after` hides the start index, so XLA cannot begin the tail before the
+                # scan ends; otherwise both keep activations alive.
                 return lax.dynamic_slice_in_dim(x, i * size, tail)
             if tail:
                 each = i + count * jnp.arange(size)

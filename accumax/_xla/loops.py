@@ -40,10 +40,9 @@ def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
 
 
 def after(tree: PyTree, i: int) -> jax.Array:
-    """() int32 `i`, which XLA cannot know before it has computed `tree`.
+    """`i` as () int32 that depends on `tree`: XLA cannot use it before `tree` is done.
 
-    So what needs `i` begins when `tree` is there. `lax.optimization_barrier` does not
-    do it: XLA:CPU drops it before it schedules.
+    `lax.optimization_barrier` is not enough: XLA:CPU drops it before scheduling.
     """
     leaves = [x for x in jax.tree.leaves(tree) if _tree.is_differentiable(x)]
     firsts = [jnp.real(x.ravel()[0]).astype(jnp.float32) for x in leaves if x.size]
