@@ -94,8 +94,10 @@ def value_and_grad(
       aux: how to reduce the aux: a tree of "mean" (weighted as the loss is), "sum",
         "last" (the last microbatch's), "stack" (along a new first axis) and "concat"
         (one value a row, along the first axis and in the order of the batch) that is a
-        prefix of it. Integers take all but "mean". For several losses one for all, or a
-        tuple with one for each.
+        prefix of it. Integers take all but "mean". Or an object of your own with
+        `init(like)`, `update(carry, x, i)` and `finalize(carry)`, as
+        `optax.microbatching.Accumulator` is one, on one device. For several losses one
+        for all, or a tuple with one for each.
       accumulator_dtype: the dtype that gradients are added in; None for their own. With
         float64 parameters pass float64 or None.
       unroll: as for `lax.scan`. True leaves no loop in the program, and still one

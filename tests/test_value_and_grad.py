@@ -1,12 +1,14 @@
 """`value_and_grad` and `grad` against the big batch."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 from problems import (
     ROWS,
     cast,
@@ -524,6 +526,50 @@ def test_a_loss_is_traced_for_each_size_and_never_again():
     # Its shapes, on JAX 0.10 where refs are safe, and the backward pass.
     times = 2 if jax.__version_info__ >= (0, 11) else 3
     assert sorted(traces) == [3] * times + [7] * times
+
+
+class Largest(NamedTuple):
+    """The largest of all microbatches, and which one it was in."""
+
+    @staticmethod
+    def init(like):
+        return jnp.full(like.shape, -jnp.inf, like.dtype), jnp.int32(-1)
+
+    @staticmethod
+    def update(carry, x, i):
+        return jnp.maximum(carry[0], x), jnp.where(x > carry[0], i, carry[1])
+
+    @staticmethod
+    def finalize(carry):
+        return carry[0] + 1000 * carry[1]
+
+
+@pytest.mark.parametrize("size", [4, 7], ids=["even", "uneven"])
+def test_a_reduction_of_ones_own_sees_each_microbatch_in_turn(size):
+    def fun(w, x):
+        return jnp.mean(w * x), {"largest": jnp.max(x), "mean": jnp.mean(x)}
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=24), jnp.float32)
+    options = {"has_aux": True, "microbatch_size": size}
+    f = accumax.value_and_grad(
+        fun, aux={"largest": Largest(), "mean": "mean"}, **options
+    )
+    (_, aux), _ = jax.jit(f)(1.0, x)
+    count = len(x) // size
+    where = int(jnp.argmax(x))
+    i = where % count if where < count * size else count
+    np.testing.assert_allclose(aux["largest"], jnp.max(x) + 1000 * i, rtol=1e-6)
+    np.testing.assert_allclose(aux["mean"], jnp.mean(x), atol=1e-6)
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=jax.devices()[:2])
+    f = accumax.value_and_grad(
+        fun,
+        reduce_axis=accumax.DataParallel("data", mesh=mesh),
+        aux=Largest(),
+        has_aux=True,
+        microbatch_size=4,
+    )
+    with pytest.raises(ValueError, match="what several devices have together"):
+        jax.jit(f)(1.0, x)
 
 
 def test_unrolling_changes_nothing():

@@ -1,6 +1,7 @@
 """What comes with a loss, from all microbatches: their mean, sum, last, or all."""
 
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,179 @@ from .._types import ArrayLike, PyTree
 from .._xla.varying import sharded
 from .split import Part, Parts
 
-AuxReduction: TypeAlias = Literal["mean", "sum", "last", "stack", "concat"]
+
+class AuxReduction(NamedTuple):
+    """How a leaf of what comes with a loss is reduced over microbatches.
+
+    `like` is the leaf of one microbatch, a `ShapeDtypeStruct`; `parts` the microbatches
+    of the call; a carry any tree of arrays.
+
+    Attributes:
+      init: `(like, parts) -> carry`.
+      add: `(carry, x, part, weight) -> carry`, for a microbatch that stands for
+        `weight` items, () float.
+      over: `(carry, axes) -> carry`, what all devices have together. `inside`.
+      result: `(carry, like, parts, weight) -> array`; `weight` is that of all.
+      check: `(where, like, tail, parts)`; it raises if the leaf, or that of the last,
+        smaller microbatch, cannot be reduced so.
+      by_device: whether each device keeps its own result, along the first axis.
+    """
+
+    init: Callable[[jax.ShapeDtypeStruct, Parts], Any]
+    add: Callable[[Any, Any, Part, jax.Array], Any]
+    over: Callable[[Any, Axes], Any]
+    result: Callable[[Any, jax.ShapeDtypeStruct, Parts, jax.Array], jax.Array]
+    check: Callable[[str, Any, Any, Parts], None]
+    by_device: bool = False
+
+
+def _mean() -> AuxReduction:
+    def add(carry: Any, x: Any, part: Part, weight: jax.Array) -> Any:
+        # A weight of 0 is not multiplied in: a mean over no items is 0/0.
+        product = weight.astype(carry.dtype) * jnp.asarray(x, carry.dtype)
+        return carry + jnp.where(weight != 0, product, 0)
+
+    def result(carry: Any, like: Any, parts: Parts, weight: jax.Array) -> jax.Array:
+        mean = carry / jnp.where(weight != 0, weight, 1).astype(carry.dtype)
+        return mean.astype(like.dtype)
+
+    def check(where: str, like: Any, tail: Any, parts: Parts) -> None:
+        if not _tree.is_differentiable(like):
+            raise TypeError(
+                f'{where} is {_tree.describe(like)}, of which aux="mean" would not be '
+                f'{like.dtype}. Choose "sum", "last", "stack" or "concat" for it, or '
+                "return it as a float."
+            )
+        _check_alike(where, "mean", like, tail, parts)
+
+    return AuxReduction(
+        init=lambda like, parts: jnp.zeros(like.shape, _tree.wide(like.dtype)),
+        add=add,
+        over=lambda carry, axes: axes.sum(carry),
+        result=result,
+        check=check,
+    )
+
+
+def _sum() -> AuxReduction:
+    def init(like: jax.ShapeDtypeStruct, parts: Parts) -> jax.Array:
+        dtype = _sum_dtype(like)
+        if jnp.issubdtype(dtype, jnp.inexact):
+            dtype = _tree.wide(dtype)
+        return jnp.zeros(like.shape, dtype)
+
+    def check(where: str, like: Any, tail: Any, parts: Parts) -> None:
+        if jnp.issubdtype(like.dtype, jax.dtypes.extended):
+            raise TypeError(
+                f"{where} is {_tree.describe(like)}, which cannot be added. Choose "
+                '"last" or "stack" for it.'
+            )
+        _check_alike(where, "sum", like, tail, parts)
+
+    return AuxReduction(
+        init=init,
+        add=lambda carry, x, part, weight: carry + jnp.asarray(x, carry.dtype),
+        over=lambda carry, axes: axes.sum(carry),
+        result=lambda carry, like, *_: carry.astype(_sum_dtype(like)),
+        check=check,
+    )
+
+
+def _last() -> AuxReduction:
+    return AuxReduction(
+        init=lambda like, parts: jnp.zeros(like.shape, like.dtype),
+        add=lambda carry, x, part, weight: _tree.strong(x),
+        over=lambda carry, axes: axes.last(carry),
+        result=lambda carry, *_: carry,
+        check=lambda where, *what: _check_alike(where, "last", *what),
+    )
+
+
+def _stack() -> AuxReduction:
+    def init(like: jax.ShapeDtypeStruct, parts: Parts) -> jax.Array:
+        return _zeros(like, 0, (parts.count + (parts.tail > 0), *like.shape))
+
+    def add(carry: Any, x: Any, part: Part, weight: jax.Array) -> Any:
+        return lax.dynamic_update_index_in_dim(carry, _tree.strong(x), part.index, 0)
+
+    return AuxReduction(
+        init=init,
+        add=add,
+        over=lambda carry, axes: carry,
+        result=lambda carry, *_: carry,
+        check=lambda where, *what: _check_alike(where, "stack", *what),
+        by_device=True,
+    )
+
+
+def _concat() -> AuxReduction:
+    def init(like: jax.ShapeDtypeStruct, parts: Parts) -> Any:
+        whole = _zeros(like, 1, (parts.size, parts.count, *like.shape[1:]))
+        return whole, jnp.zeros((parts.tail, *like.shape[1:]), like.dtype)
+
+    def add(carry: Any, x: Any, part: Part, weight: jax.Array) -> Any:
+        (whole, rest), x = carry, _tree.strong(x)
+        if part.tail:
+            return whole, x
+        return lax.dynamic_update_index_in_dim(whole, x, part.index, 1), rest
+
+    def result(carry: Any, like: Any, parts: Parts, weight: jax.Array) -> jax.Array:
+        whole, rest = carry
+        whole = whole.reshape(-1, *whole.shape[2:])  # in the order of the caller
+        return jnp.concatenate([whole, rest]) if parts.tail else whole
+
+    def check(where: str, like: Any, tail: Any, parts: Parts) -> None:
+        for rows, x in ((parts.size, like), (parts.tail, tail)):
+            if x is not None and x.shape[:1] != (rows,):
+                raise ValueError(
+                    f'{where} is {_tree.describe(x)} for {rows} rows; aux="concat" '
+                    "needs one value a row, along the first axis. Choose "
+                    '"stack" for one value a microbatch.'
+                )
+
+    return AuxReduction(
+        init=init,
+        add=add,
+        over=lambda carry, axes: carry,
+        result=result,
+        check=check,
+        by_device=True,
+    )
+
+
+def _of_user(how: Any) -> AuxReduction:
+    """A reduction of the user's own, as an `optax.microbatching.Accumulator` is one."""
+
+    def over(carry: Any, axes: Axes) -> Any:
+        raise ValueError(
+            f"aux={how!r} does not say what several devices have together. Choose one "
+            f"of {tuple(_NAMED)} with reduce_axis."
+        )
+
+    return AuxReduction(
+        init=lambda like, parts: how.init(like),
+        add=lambda carry, x, part, weight: how.update(carry, x, part.index),
+        over=over,
+        result=lambda carry, *_: how.finalize(carry),
+        check=lambda where, *what: _check_alike(where, repr(how), *what),
+    )
+
+
+_NAMED = {
+    "mean": _mean(),
+    "sum": _sum(),
+    "last": _last(),
+    "stack": _stack(),
+    "concat": _concat(),
+}
+
+
+def _is_own(how: Any) -> bool:
+    return all(callable(getattr(how, x, None)) for x in ("init", "update", "finalize"))
+
+
+def _reduction(how: Any) -> AuxReduction:
+    return _NAMED[how] if isinstance(how, str) else _of_user(how)
 
 
 class Leaf(NamedTuple):
@@ -37,100 +210,43 @@ class Reducer(NamedTuple):
     leaves: list[Leaf]
 
     def init(self) -> list[Any]:
-        return [self._zeros(how, like) for how, like in self.leaves]
+        return [how.init(like, self.parts) for how, like in self.leaves]
 
     def add(
         self, sums: list[Any], tree: PyTree, part: Part, weight: ArrayLike
     ) -> list[Any]:
         """Takes in what a microbatch gave, which stands for `weight` items."""
         weight = jnp.asarray(weight, float)
-
-        def added(leaf: Leaf, a: Any, x: Any) -> Any:
-            match leaf.how:
-                case "mean":
-                    # A weight of 0 is not multiplied in: a mean over no items is 0/0.
-                    product = weight.astype(a.dtype) * jnp.asarray(x, a.dtype)
-                    return a + jnp.where(weight != 0, product, 0)
-                case "sum":
-                    return a + jnp.asarray(x, a.dtype)
-                case "last":
-                    return _tree.strong(x)
-                case "stack":
-                    x = _tree.strong(x)
-                    return lax.dynamic_update_index_in_dim(a, x, part.index, 0)
-            (whole, rest), x = a, _tree.strong(x)
-            if part.tail:
-                return whole, x
-            return lax.dynamic_update_index_in_dim(whole, x, part.index, 1), rest
-
         each = zip(self.leaves, sums, jax.tree.leaves(tree), strict=True)
-        return [added(leaf, a, x) for leaf, a, x in each]
+        return [leaf.how.add(a, x, part, weight) for leaf, a, x in each]
 
     def over(self, axes: Axes, sums: list[Any]) -> list[Any]:
         """What all devices have together. Rows and microbatches stay where they are."""
-
-        def reduced(leaf: Leaf, a: Any) -> Any:
-            match leaf.how:
-                case "mean" | "sum":
-                    return axes.sum(a)
-                case "last":
-                    return axes.last(a)
-            return a
-
         pairs = zip(self.leaves, sums, strict=True)
-        return [reduced(leaf, a) for leaf, a in pairs]
+        return [leaf.how.over(a, axes) for leaf, a in pairs]
 
     def result(self, sums: list[Any], weight: ArrayLike) -> PyTree:
         """The reduced tree; `weight` is that of all microbatches together."""
         weight = jnp.asarray(weight, float)
-
-        def reduced(leaf: Leaf, a: Any) -> jax.Array:
-            match leaf.how:
-                case "mean":
-                    mean = a / jnp.where(weight != 0, weight, 1).astype(a.dtype)
-                    return mean.astype(leaf.like.dtype)
-                case "sum":
-                    return a.astype(_sum_dtype(leaf.like))
-                case "last" | "stack":
-                    return a
-            whole, rest = a
-            whole = whole.reshape(-1, *whole.shape[2:])  # in the order of the caller
-            return jnp.concatenate([whole, rest]) if self.parts.tail else whole
-
         each = zip(self.leaves, sums, strict=True)
-        return self.structure.unflatten([reduced(leaf, a) for leaf, a in each])
-
-    def _zeros(self, how: AuxReduction, like: jax.ShapeDtypeStruct) -> Any:
-        parts, shape = self.parts, like.shape
-        match how:
-            case "mean":
-                return jnp.zeros(shape, _tree.wide(like.dtype))
-            case "sum":
-                dtype = _sum_dtype(like)
-                if jnp.issubdtype(dtype, jnp.inexact):
-                    dtype = _tree.wide(dtype)
-                return jnp.zeros(shape, dtype)
-            case "last":
-                return jnp.zeros(shape, like.dtype)
-            case "stack":
-                count = parts.count + (parts.tail > 0)
-                return _zeros(like, 0, (count, *shape))
-        whole = _zeros(like, 1, (parts.size, parts.count, *shape[1:]))
-        return whole, jnp.zeros((parts.tail, *shape[1:]), like.dtype)
+        return self.structure.unflatten(
+            [how.result(a, like, self.parts, weight) for (how, like), a in each]
+        )
 
 
 def check_reductions(reductions: PyTree) -> PyTree:
-    """`reductions`, a tree of `AuxReduction`.
+    """`reductions`, a tree of names and of reductions of the user's own.
 
     Raises:
       ValueError: one is unknown.
     """
-    for path, how in jax.tree_util.tree_leaves_with_path(reductions):
-        if not isinstance(how, str) or how not in get_args(AuxReduction):
+    leaves = jax.tree_util.tree_leaves_with_path(reductions, is_leaf=_is_own)
+    for path, how in leaves:
+        if not _is_own(how) and not (isinstance(how, str) and how in _NAMED):
             raise ValueError(
                 f"aux{jax.tree_util.keystr(path)}={how!r} must be one of "
-                f"{get_args(AuxReduction)}, or a tree of them that is a prefix of what "
-                "the function returns."
+                f"{tuple(_NAMED)}, an object with init, update and finalize, or a tree "
+                "of them that is a prefix of what the function returns."
             )
     return reductions
 
@@ -181,10 +297,11 @@ def check_each_reduction(reductions: PyTree, losses: int | None) -> list[PyTree]
 
 def aux_specs(reductions: PyTree, axes: Axes) -> PyTree:
     """How the reduced trees of all devices make one: a prefix of it."""
-    every = ("stack", "concat")
-    return jax.tree.map(
-        lambda how: axes.rows if how in every else PartitionSpec(), reductions
-    )
+
+    def spec(how: Any) -> PartitionSpec:
+        return axes.rows if _reduction(how).by_device else PartitionSpec()
+
+    return jax.tree.map(spec, reductions, is_leaf=_is_own)
 
 
 def reducer(
@@ -197,7 +314,7 @@ def reducer(
       TypeError: a dtype does not fit.
     """
     try:
-        each = jax.tree.broadcast(reductions, shapes)
+        each = jax.tree.broadcast(reductions, shapes, is_leaf=_is_own)
     except ValueError:
         raise ValueError(
             f"aux={reductions!r} must be a prefix of the aux that the function "
@@ -214,45 +331,25 @@ def reducer(
     tails = jax.tree.leaves(tail_shapes) if parts.tail else [None] * len(paths)
     leaves = []
     for how, (path, like), tail in zip(
-        jax.tree.leaves(each), paths, tails, strict=True
+        jax.tree.leaves(each, is_leaf=_is_own), paths, tails, strict=True
     ):
         where = f"aux{jax.tree_util.keystr(path)}"
-        _check(where, how, like, tail, parts)
+        reduction = _reduction(how)
+        reduction.check(where, like, tail, parts)
         dtype, sharding = _tree.dtype_of(like), getattr(like, "sharding", None)
         struct = jax.ShapeDtypeStruct(like.shape, dtype, sharding=sharding)
-        leaves.append(Leaf(how, struct))
+        leaves.append(Leaf(reduction, struct))
     return Reducer(parts, structure, leaves)
 
 
-def _check(
-    where: str, how: AuxReduction, like: Any, tail: Any | None, parts: Parts
-) -> None:
-    got = _tree.describe(like)
-    if how == "mean" and not _tree.is_differentiable(like):
-        raise TypeError(
-            f'{where} is {got}, of which aux="mean" would not be {like.dtype}. Choose '
-            '"sum", "last", "stack" or "concat" for it, or return it as a float.'
+def _check_alike(where: str, how: str, like: Any, tail: Any, parts: Parts) -> None:
+    if tail is not None and tail.shape != like.shape:
+        raise ValueError(
+            f"{where} is {_tree.describe(like)} for {parts.size} rows and "
+            f'{_tree.describe(tail)} for the last {parts.tail}, which aux="{how}" '
+            'cannot reduce. Choose "concat" for one value a row, or a microbatch_size '
+            f"that divides the {parts.rows} rows of the batch."
         )
-    if how == "sum" and jnp.issubdtype(like.dtype, jax.dtypes.extended):
-        raise TypeError(
-            f'{where} is {got}, which cannot be added. Choose "last" or "stack" for it.'
-        )
-    if how != "concat":
-        if tail is not None and tail.shape != like.shape:
-            raise ValueError(
-                f"{where} is {got} for {parts.size} rows and {_tree.describe(tail)} "
-                f'for the last {parts.tail}, which aux="{how}" cannot reduce. Choose '
-                '"concat" for one value a row, or a microbatch_size that divides the '
-                f"{parts.rows} rows of the batch."
-            )
-        return
-    for rows, x in ((parts.size, like), (parts.tail, tail)):
-        if x is not None and x.shape[:1] != (rows,):
-            raise ValueError(
-                f'{where} is {_tree.describe(x)} for {rows} rows; aux="concat" '
-                "needs one value a row, along the first axis. Choose "
-                '"stack" for one value a microbatch.'
-            )
 
 
 def _zeros(like: jax.ShapeDtypeStruct, new: int, shape: tuple[int, ...]) -> jax.Array:
