@@ -11,15 +11,15 @@ import pytest
 
 # Before there is a backend: four devices, for what is sharded. A program runs once or
 # twice here, so LLVM and the emitters of kernels are not to take long over it (together
-# more than half of the time); XLA's own passes are as ever. What the environment says
-# comes last, and so wins.
-EMITTERS = "--xla_cpu_use_fusion_emitters=false "  # not a flag of JAX 0.12
-FLAGS = os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true "
-    f"{EMITTERS if jax.__version_info__ < (0, 12) else ''}"
-    f"--xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
-)
+# more than half of the time); XLA's own passes are as ever. If the environment says
+# with which level LLVM is to work, all is compiled as users have it.
+FLAGS = f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"
+if "xla_backend_optimization_level" not in FLAGS:
+    FLAGS += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=1"
+    FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
+    if jax.__version_info__ < (0, 12):  # which has no other emitters
+        FLAGS += " --xla_cpu_use_fusion_emitters=0"
+os.environ["XLA_FLAGS"] = FLAGS
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
