@@ -16,8 +16,8 @@ from ._batch.outputs import check_aux_wanted, check_reductions
 from ._batch.scan import Loop, Outcome
 from ._batch.split import Split, split
 from ._devices.replicated import Axes
-from ._devices.sharded import Devices, check_devices
-from ._types import PyTree
+from ._devices.sharded import Devices, Gather, check_devices
+from ._types import ArrayLike, PyTree
 from ._window.checks import check_flush
 from ._window.inner import OF_OPTAX
 from ._window.state import AccumulateState, gradient_of
@@ -50,7 +50,7 @@ class Step:
         Raises:
           TypeError, ValueError: the options do not fit it, or each other.
         """
-        axes, gather = check_devices(self.reduce_axis)
+        axes, gather = self._devices
         axes = _axes_of_both(window, axes)
         if gather is not None and window.axes is not None:
             raise ValueError(
@@ -62,7 +62,7 @@ class Step:
         check_reductions(self.aux)
         if self.divided or axes is not None:
             check_aux_wanted(self.aux, self.has_aux)
-            self._split()
+            _ = self._split  # is it one?
             return axes
         batch_argnums = 1 if self.by_rows else self.batch_argnums
         options = batch_argnums, self.rng_argnums, self.aux, self.unroll
@@ -79,6 +79,11 @@ class Step:
         """Whether a call has microbatches."""
         return self.microbatch_size is not None or self.microbatches is not None
 
+    @functools.cached_property
+    def _devices(self) -> tuple[Axes | None, Gather | None]:
+        return check_devices(self.reduce_axis)
+
+    @functools.cached_property
     def _split(self) -> Split:
         count = self.microbatches if self.divided else 1
         return split(
@@ -102,10 +107,10 @@ class Step:
             aux=[self.aux],
             in_place=self.in_place,
             axes=axes,
-            gather=check_devices(self.reduce_axis)[1],
+            gather=self._devices[1],
         )
         apart = window.axes is not None
-        return Gradient(loop, self._split(), accumulator, whole=True, apart=apart)
+        return Gradient(loop, self._split, accumulator, whole=True, apart=apart)
 
     def __call__(
         self,
@@ -116,12 +121,13 @@ class Step:
         params: PyTree,
         opt_state: Any,
         args: tuple,
-        extra_args: dict[str, Any],
+        /,
+        weight: ArrayLike | None = None,
+        flush: ArrayLike = False,
+        **extra_args: Any,
     ) -> tuple[PyTree, AccumulateState, Loss, PyTree]:
         """`(params, opt_state, loss, state)` after a call; the loss is its mean."""
         axes = self.check(window)
-        extra_args = dict(extra_args)
-        weight, flush = extra_args.pop("weight", None), extra_args.pop("flush", False)
         window.check(opt_state, params=params)
         flush = check_flush(flush)
         if self.weighted and weight is not None:

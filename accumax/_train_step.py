@@ -188,7 +188,7 @@ def train_step(
         params: PyTree, opt_state: Any, *args: Any, **extra_args: Any
     ) -> tuple[PyTree, AccumulateState, Any]:
         params, opt_state, out, _ = step_of(
-            window, loss, (), (), params, opt_state, args, extra_args
+            window, loss, (), (), params, opt_state, args, **extra_args
         )
         return params, opt_state, (out.value, out.aux) if has_aux else out.value
 

@@ -275,7 +275,7 @@ class TrainState(train_state.TrainState):
                 state.params,
                 state.opt_state,
                 args,
-                extra_args,
+                **extra_args,
             )
             momenta = state.momentum if pooled else ()
             statistics, (new, _), rows = handing.settle(

@@ -217,7 +217,7 @@ def train_step(
             nnx.as_pure(params),
             before,
             tuple(others),
-            extra_args,
+            **extra_args,
         )
         rows = modules.write(handing, carried, accepted(before, after))
         optimizer._after(model, params, after, rows, base)

@@ -1,7 +1,6 @@
 """The gradient of one call: split, scan over microbatches, sum over devices."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,14 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from .. import _tree
 from .._devices.replicated import Axes, on_first, stacked, unstacked
 from .._devices.sharded import Gather, specs_of
 from .._sums import Accumulator, counts
 from .._types import PyTree
 from .._xla.loops import reset
 from .._xla.refs import add_backward
-from .loss import Call, Loss, StatefulLoss
+from .loss import Call, Loss, StatefulLoss, with_live
 from .outputs import aux_specs
 from .scan import Loop, Outcome
 from .split import Split
@@ -42,9 +40,8 @@ def at_once(loss: StatefulLoss, call: Call, begun: Begun | None = None) -> Outco
     (n,), (live,) = call.argnums, call.live
 
     def fun(live: PyTree) -> tuple[jax.Array, Any]:
-        args = list(call.args)
-        args[n] = _tree.restore(live, args[n])
-        out, state = loss.run(call.given, call.state, tuple(args), call.kwargs)
+        args = with_live(call.args, {n: live})
+        out, state = loss.run(call.given, call.state, args, call.kwargs)
         taken = None if out.weight is None else counts(out.weight)
         return out.value, (taken, (out._replace(value=out.mean()), state))
 
@@ -100,9 +97,8 @@ class Gradient:
         for n in call.argnums if cuts is None else ():
             axes.check_whole(f"Argument {n}", call.args[n])
         # Numbers as arrays, which have a type that says where they are.
-        pairs = zip(call.argnums, call.live, strict=True)
-        live = {n: _tree.restore(x, call.args[n]) for n, x in pairs}
-        args = tuple(live.get(n, x) for n, x in enumerate(call.args))
+        live = dict(zip(call.argnums, call.live, strict=True))
+        args = with_live(call.args, live)
         source = self.loop.losses[0].source
         own, by_place, named = self.divide.over(axes, source, args, call.kwargs)
         same: Any = PartitionSpec()
@@ -149,7 +145,6 @@ class Gradient:
         unit = parts.unit
         if self.whole:
             unit = parts.rows * (1 if axes is None else axes.count)
-        total = functools.partial(loop.total, cuts=cuts)
         before = None
         if begun is None:
             grads = loop.zeros(self.accumulated, call.live, cuts)
@@ -173,7 +168,7 @@ class Gradient:
             seed=lambda rows: rows / unit if unweighted else 1.0,
             cuts=None if placing is not None else cuts,
         )
-        grads = place(out.grads if self.apart else total(out.grads))
+        grads = place(out.grads if self.apart else loop.total(out.grads, cuts))
         if before is not None:
             grads = jax.tree.map(jnp.add, before, grads)
         return out._replace(grads=grads)

@@ -1,7 +1,7 @@
 """Losses: what one returns, checked and in one form, and those with a state."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -149,6 +149,13 @@ class Call:
     @property
     def arrays(self) -> PyTree:
         return self.args, self.kwargs, self.given, self.state
+
+
+def with_live(args: tuple, live: Mapping[int, PyTree]) -> tuple:
+    """`args` with what is differentiated at these positions put in."""
+    return tuple(
+        _tree.restore(live[n], x) if n in live else x for n, x in enumerate(args)
+    )
 
 
 def live_part(tree: PyTree) -> PyTree:

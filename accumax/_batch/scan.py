@@ -18,7 +18,7 @@ from .._xla.jaxprs import exchanges, returns_as_it_is
 from .._xla.loops import at_most_once
 from .._xla.refs import add_backward, is_batched
 from .._xla.varying import fitted, typed_like
-from .loss import Call, Loss, StatefulLoss
+from .loss import Call, Loss, StatefulLoss, with_live
 from .outputs import check_aux_leaves, reducer
 from .split import Part, Parts
 
@@ -105,7 +105,7 @@ class Loop:
             static.
           cuts: how what is differentiated is divided, if `gather`.
         """
-        if is_batched((call.arrays, grads)):
+        if self.in_place and is_batched((call.arrays, grads)):
             self = dataclasses.replace(self, in_place=False)
         live = dict(zip(call.argnums, call.live, strict=True))
         if self.axes is not None:
@@ -212,10 +212,8 @@ class _Term:
         self, live: dict[int, PyTree], part: Part, state: PyTree
     ) -> tuple[Loss, PyTree]:
         """The loss of a microbatch, and the state after it."""
-        args = list(part.args)
-        for n, x in live.items():
-            args[n] = _tree.restore(x, args[n])
-        loss, new = self.stateful.run(self.given, state, tuple(args), part.kwargs)
+        args = with_live(part.args, live)
+        loss, new = self.stateful.run(self.given, state, args, part.kwargs)
         check_aux_leaves(loss.aux)
         return loss, _tree.cast_like(new, state)
 

@@ -261,8 +261,7 @@ class Axes:
         if mesh.empty:
             raise ValueError(
                 f"reduce_axis={self.names}, and there is no mesh. Call this under "
-                "jax.set_mesh(mesh), or pass accumax."
-                "DataParallel(..., mesh=mesh)."
+                "jax.set_mesh(mesh), or pass accumax.DataParallel(..., mesh=mesh)."
             )
         for name in self.names:
             if name not in mesh.axis_names:
