@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ._devices.replicated import AxisNames, DataParallel, check_axes
+from ._devices.mesh import AxisNames
+from ._devices.replicated import DataParallel, check_window_axis
 from ._sums import accumulator
 from ._types import DTypeLike, NonFinite, PyTree, Reduction, Schedule
 from ._window.checks import check_length
@@ -122,7 +123,7 @@ def accumulate(
             nonfinite=nonfinite,
             averaged_args=averaged_args,
         ),
-        axes=check_axes(reduce_axis),
+        devices=check_window_axis(reduce_axis),
     )
     return _Accumulate(window.init, window.update)
 

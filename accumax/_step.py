@@ -15,8 +15,8 @@ from ._batch.loss import Call, Loss, StatefulLoss
 from ._batch.outputs import check_aux_wanted, check_reductions
 from ._batch.scan import Loop, Outcome
 from ._batch.split import Split, split
-from ._devices.replicated import Axes
-from ._devices.sharded import Devices, Gather, check_devices
+from ._devices.one import Devices
+from ._devices.sharded import ReduceAxis, check_reduce_axis
 from ._types import ArrayLike, PyTree
 from ._window.checks import check_flush
 from ._window.inner import OF_OPTAX
@@ -41,29 +41,21 @@ class Step:
     aux: PyTree = "mean"
     unroll: int | bool = 1
     in_place: bool = True
-    reduce_axis: Devices | None = None
+    reduce_axis: ReduceAxis | None = None
     by_rows: bool = False
 
-    def check(self, window: Window) -> Axes | None:
+    def check(self, window: Window) -> Devices:
         """The devices of a step for `window`.
 
         Raises:
           TypeError, ValueError: the options do not fit it, or each other.
         """
-        axes, gather = self._devices
-        axes = _axes_of_both(window, axes)
-        if gather is not None and window.axes is not None:
-            raise ValueError(
-                "accumax.FSDP is for parameters that no device has whole, "
-                "and an accumulate with reduce_axis="
-                f"{window.axes.names} keeps a whole sum on each. Leave "
-                "reduce_axis to train_step, which then reduces in every call."
-            )
+        devices = window.devices.join(self._devices)
         check_reductions(self.aux)
-        if self.divided or axes is not None:
+        if self.divided or devices.needs_rows:
             check_aux_wanted(self.aux, self.has_aux)
-            _ = self._split  # is it one?
-            return axes
+            _ = self._split  # raises if the options do not fit
+            return devices
         batch_argnums = 1 if self.by_rows else self.batch_argnums
         options = batch_argnums, self.rng_argnums, self.aux, self.unroll
         if options != (1, (), "mean", 1):
@@ -72,7 +64,7 @@ class Step:
                 f"aux={self.aux!r} and unroll={self.unroll} are for microbatches, and "
                 "there are none. Pass microbatch_size or microbatches."
             )
-        return None
+        return devices
 
     @property
     def divided(self) -> bool:
@@ -80,8 +72,8 @@ class Step:
         return self.microbatch_size is not None or self.microbatches is not None
 
     @functools.cached_property
-    def _devices(self) -> tuple[Axes | None, Gather | None]:
-        return check_devices(self.reduce_axis)
+    def _devices(self) -> Devices:
+        return check_reduce_axis(self.reduce_axis)
 
     @functools.cached_property
     def _split(self) -> Split:
@@ -95,9 +87,9 @@ class Step:
         )
 
     def _gradient(
-        self, window: Window, axes: Axes | None, loss: StatefulLoss
+        self, window: Window, devices: Devices, loss: StatefulLoss
     ) -> Callable[..., Outcome]:
-        if not self.divided and axes is None:
+        if not (self.divided or devices.needs_rows):
             return functools.partial(at_once, loss)
         accumulator = window.accumulator
         loop = Loop(
@@ -106,11 +98,8 @@ class Step:
             mean=self.weighted or accumulator.reduction == "mean",
             aux=[self.aux],
             in_place=self.in_place,
-            axes=axes,
-            gather=self._devices[1],
         )
-        apart = window.axes is not None
-        return Gradient(loop, self._split, accumulator, whole=True, apart=apart)
+        return Gradient(loop, self._split, accumulator, devices, whole=True)
 
     def __call__(
         self,
@@ -127,7 +116,7 @@ class Step:
         **extra_args: Any,
     ) -> tuple[PyTree, AccumulateState, Loss, PyTree]:
         """`(params, opt_state, loss, state)` after a call; the loss is its mean."""
-        axes = self.check(window)
+        devices = self.check(window)
         window.check(opt_state, params=params)
         flush = check_flush(flush)
         if self.weighted and weight is not None:
@@ -139,7 +128,7 @@ class Step:
         model = gradient_of(params)
         if not self.by_rows:
             loss, model = _of_part(loss, model, opt_state.acc_grads)
-        gradient = self._gradient(window, axes, loss)
+        gradient = self._gradient(window, devices, loss)
         call = Call((model, *args), {}, (0,), given, state)
         first, sums = opt_state.mini_step == 0, window.sums(opt_state)
         policy = window.accumulator.nonfinite
@@ -159,8 +148,8 @@ class Step:
         items = result.weight
         if items is None:
             items = window.weigh(weight)
-            if axes is not None and weight is not None:
-                items = axes.same("weight", items)
+            if weight is not None:
+                items = devices.same("weight", items)
         elif policy != "propagate":  # all of the call, or nothing
             items = jnp.where(out.accepted, items, 0)
         sums, accepted = add(sums, weight=items, args=extra_args, first=first)
@@ -207,14 +196,3 @@ def _of_part(
 
 def _leaves(tree: PyTree) -> int:
     return len(jax.tree.leaves(tree))
-
-
-def _axes_of_both(window: Window, axes: Axes | None) -> Axes | None:
-    if window.axes is None or axes is None:
-        return window.axes if axes is None else axes
-    if window.axes.names != axes.names:
-        raise ValueError(
-            f"reduce_axis={axes.names}, where the accumulate has reduce_axis="
-            f"{window.axes.names}. Pass the same, or pass it to the accumulate alone."
-        )
-    return axes if axes.mesh is not None else window.axes

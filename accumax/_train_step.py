@@ -7,7 +7,7 @@ import optax
 
 from ._batch.arguments import Places
 from ._batch.loss import stateless
-from ._devices.sharded import Devices
+from ._devices.sharded import ReduceAxis
 from ._step import Step
 from ._types import ArrayLike, PyTree
 from ._window.checks import check_flush
@@ -86,7 +86,7 @@ def train_step(
     aux: PyTree = "mean",
     unroll: int | bool = 1,
     in_place: bool = True,
-    reduce_axis: Devices | None = None,
+    reduce_axis: ReduceAxis | None = None,
 ) -> Callable[..., tuple[PyTree, AccumulateState, Any]]:
     """A training step whose backward pass adds into the accumulator; no gradient tree.
 

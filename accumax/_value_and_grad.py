@@ -15,7 +15,7 @@ from ._batch.loss import Call, StatefulLoss, stateless
 from ._batch.outputs import check_aux_wanted, check_each_reduction
 from ._batch.scan import Loop
 from ._batch.split import split
-from ._devices.sharded import Devices, check_devices
+from ._devices.sharded import ReduceAxis, check_reduce_axis
 from ._sums import Sums, accumulator
 from ._types import DTypeLike, PyTree
 
@@ -37,7 +37,7 @@ def value_and_grad(
     accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
     unroll: int | bool = 1,
     in_place: bool = True,
-    reduce_axis: Devices | None = None,
+    reduce_axis: ReduceAxis | None = None,
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""`jax.value_and_grad` of the whole batch, at the memory of one microbatch.
 
@@ -189,7 +189,7 @@ def gradients(
     accumulator_dtype: DTypeLike | None = jnp.dtype(jnp.float32),
     unroll: int | bool = 1,
     in_place: bool = True,
-    reduce_axis: Devices | None = None,
+    reduce_axis: ReduceAxis | None = None,
 ) -> Callable[..., tuple[PyTree, tuple[Any, PyTree]]]:
     """`value_and_grad` of losses that are only known at the call, and have a state.
 
@@ -207,7 +207,7 @@ def gradients(
     positions = check_argnums(argnums)
     several_args = not hasattr(argnums, "__index__")
     count = len(positions) if several_args else None
-    axes, gather = check_devices(reduce_axis, count)
+    devices = check_reduce_axis(reduce_axis, count)
     accumulated = accumulator(reduction=reduction, dtype=accumulator_dtype)
     loop = Loop(
         losses=(),
@@ -215,8 +215,6 @@ def gradients(
         mean=reduction == "mean",
         aux=check_each_reduction(aux, losses),
         in_place=in_place,
-        axes=axes,
-        gather=gather,
     )
     check_aux_wanted(aux, has_aux)
 
@@ -236,7 +234,7 @@ def gradients(
                     f"number: {_tree.outline(args[n])}."
                 )
         here = dataclasses.replace(loop, losses=stateful)
-        out = Gradient(here, divide, accumulated)(call)
+        out = Gradient(here, divide, accumulated, devices)(call)
         grads, _ = accumulated.result(Sums(out.grads, out.weight, {}))
 
         def seen(x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _tree
-from .._devices.replicated import Axes
+from .._devices.one import Devices
 from .._sums import check_weight
 from .._types import PyTree
 
@@ -38,13 +38,13 @@ class Loss(NamedTuple):
         return jnp.where(counts, mean, 0).astype(self.value.dtype)
 
 
-def _as_begun(axes: Axes, given: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-    del axes
+def _as_begun(devices: Devices, given: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
+    del devices
     return given, state
 
 
-def _as_ended(axes: Axes, first: PyTree, last: PyTree, kept: PyTree) -> PyTree:
-    del axes, first, kept
+def _as_ended(devices: Devices, first: PyTree, last: PyTree, kept: PyTree) -> PyTree:
+    del devices, first, kept
     return last
 
 
@@ -57,17 +57,17 @@ class StatefulLoss:
         those of the user's function. `given` is the same for all microbatches, and the
         state is what the microbatch before returned; both are () if nothing is needed.
       source: the user's function, for its signature and its name.
-      begin: `(axes, given, state) -> (given, state)`: what one of several devices
-        begins its microbatches with.
-      end: `(axes, first, last, kept) -> state`: the state of all devices together, from
-        the one before a device's first microbatch and the one after its last. `kept`
-        says for each leaf whether the loss always returns it as it was.
+      begin: `(devices, given, state) -> (given, state)`: what a device begins its
+        microbatches with.
+      end: `(devices, first, last, kept) -> state`: the state of several devices
+        together, from the one before a device's first microbatch and the one after its
+        last. `kept` says for each leaf whether the loss always returns it as it was.
     """
 
     run: Callable[[PyTree, PyTree, tuple, dict[str, Any]], tuple[Loss, PyTree]]
     source: Callable[..., Any]
-    begin: Callable[[Axes, PyTree, PyTree], tuple[PyTree, PyTree]] = _as_begun
-    end: Callable[[Axes, PyTree, PyTree, PyTree], PyTree] = _as_ended
+    begin: Callable[[Devices, PyTree, PyTree], tuple[PyTree, PyTree]] = _as_begun
+    end: Callable[[Devices, PyTree, PyTree, PyTree], PyTree] = _as_ended
 
 
 def stateless(

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _tree
-from .._devices.replicated import Axes
+from .._devices.one import Devices
 from .._types import ArrayLike, PyTree
 from .._xla.varying import sharded
 from .split import Part, Parts
@@ -25,7 +25,7 @@ class AuxReduction(NamedTuple):
       init: `(like, parts) -> carry`.
       add: `(carry, x, part, weight) -> carry`, for a microbatch that stands for
         `weight` items, () float.
-      over: `(carry, axes) -> carry`, what all devices have together. `inside`.
+      over: `(carry, devices) -> carry`, what all devices have together.
       result: `(carry, like, parts, weight) -> array`; `weight` is that of all.
       check: `(where, like, tail, parts)`; it raises if the leaf, or that of the last,
         smaller microbatch, cannot be reduced so.
@@ -34,7 +34,7 @@ class AuxReduction(NamedTuple):
 
     init: Callable[[jax.ShapeDtypeStruct, Parts], Any]
     add: Callable[[Any, Any, Part, jax.Array], Any]
-    over: Callable[[Any, Axes], Any]
+    over: Callable[[Any, Devices], Any]
     result: Callable[[Any, jax.ShapeDtypeStruct, Parts, jax.Array], jax.Array]
     check: Callable[[str, Any, Any, Parts], None]
     by_device: bool = False
@@ -62,7 +62,7 @@ def _mean() -> AuxReduction:
     return AuxReduction(
         init=lambda like, parts: jnp.zeros(like.shape, _tree.wide(like.dtype)),
         add=add,
-        over=lambda carry, axes: axes.sum(carry),
+        over=lambda carry, devices: devices.sum(carry),
         result=result,
         check=check,
     )
@@ -86,7 +86,7 @@ def _sum() -> AuxReduction:
     return AuxReduction(
         init=init,
         add=lambda carry, x, part, weight: carry + jnp.asarray(x, carry.dtype),
-        over=lambda carry, axes: axes.sum(carry),
+        over=lambda carry, devices: devices.sum(carry),
         result=lambda carry, like, *_: carry.astype(_sum_dtype(like)),
         check=check,
     )
@@ -96,7 +96,7 @@ def _last() -> AuxReduction:
     return AuxReduction(
         init=lambda like, parts: jnp.zeros(like.shape, like.dtype),
         add=lambda carry, x, part, weight: _tree.strong(x),
-        over=lambda carry, axes: axes.last(carry),
+        over=lambda carry, devices: devices.last(carry),
         result=lambda carry, *_: carry,
         check=lambda where, *what: _check_alike(where, "last", *what),
     )
@@ -112,7 +112,7 @@ def _stack() -> AuxReduction:
     return AuxReduction(
         init=init,
         add=add,
-        over=lambda carry, axes: carry,
+        over=lambda carry, devices: carry,
         result=lambda carry, *_: carry,
         check=lambda where, *what: _check_alike(where, "stack", *what),
         by_device=True,
@@ -147,7 +147,7 @@ def _concat() -> AuxReduction:
     return AuxReduction(
         init=init,
         add=add,
-        over=lambda carry, axes: carry,
+        over=lambda carry, devices: carry,
         result=result,
         check=check,
         by_device=True,
@@ -157,7 +157,7 @@ def _concat() -> AuxReduction:
 def _of_user(how: Any) -> AuxReduction:
     """A reduction of the user's own, as an `optax.microbatching.Accumulator` is one."""
 
-    def over(carry: Any, axes: Axes) -> Any:
+    def over(carry: Any, devices: Devices) -> Any:
         raise ValueError(
             f"aux={how!r} does not say what several devices have together. Choose one "
             f"of {tuple(_NAMED)} with reduce_axis."
@@ -220,10 +220,10 @@ class Reducer(NamedTuple):
         each = zip(self.leaves, sums, jax.tree.leaves(tree), strict=True)
         return [leaf.how.add(a, x, part, weight) for leaf, a, x in each]
 
-    def over(self, axes: Axes, sums: list[Any]) -> list[Any]:
+    def over(self, devices: Devices, sums: list[Any]) -> list[Any]:
         """What all devices have together. Rows and microbatches stay where they are."""
         pairs = zip(self.leaves, sums, strict=True)
-        return [leaf.how.over(a, axes) for leaf, a in pairs]
+        return [leaf.how.over(a, devices) for leaf, a in pairs]
 
     def result(self, sums: list[Any], weight: ArrayLike) -> PyTree:
         """The reduced tree; `weight` is that of all microbatches together."""
@@ -295,11 +295,11 @@ def check_each_reduction(reductions: PyTree, losses: int | None) -> list[PyTree]
     return [check_reductions(one) for one in reductions]
 
 
-def aux_specs(reductions: PyTree, axes: Axes) -> PyTree:
+def aux_specs(reductions: PyTree, devices: Devices) -> PyTree:
     """How the reduced trees of all devices make one: a prefix of it."""
 
     def spec(how: Any) -> PartitionSpec:
-        return axes.rows if _reduction(how).by_device else PartitionSpec()
+        return devices.rows if _reduction(how).by_device else PartitionSpec()
 
     return jax.tree.map(spec, reductions, is_leaf=_is_own)
 

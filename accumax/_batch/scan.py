@@ -10,11 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from .. import _tree
-from .._devices.replicated import Axes
-from .._devices.sharded import Gather
-from .._sums import Accumulator, Sums, accumulator, counts, usable
+from .._devices.one import ONE, Devices
+from .._sums import Sums, accumulator, counts, usable
 from .._types import ArrayLike, PyTree
-from .._xla.jaxprs import exchanges, returns_as_it_is
+from .._xla.jaxprs import returns_as_it_is
 from .._xla.loops import at_most_once
 from .._xla.refs import add_backward, is_batched
 from .._xla.varying import fitted, typed_like
@@ -55,9 +54,6 @@ class Loop:
       mean: whether a loss is divided by its weights, or its microbatches, in the end.
       aux: the reductions of each loss's aux.
       in_place: false selects the twin that carries the gradient tree.
-      axes: the devices that have rows of the call each, None for one. `run` is then
-        `Axes.inside`, and gives what all have together, except for the gradients.
-      gather: how parameters are gathered that are sharded over `axes`, None if none is.
     """
 
     losses: tuple[StatefulLoss, ...]
@@ -65,66 +61,43 @@ class Loop:
     mean: bool
     aux: Sequence[PyTree]
     in_place: bool
-    axes: Axes | None = None
-    gather: Gather | None = None
-
-    @property
-    def on_one(self) -> "Loop":
-        """The same for a call whose rows are not divided over devices."""
-        return dataclasses.replace(self, axes=None, gather=None)
-
-    def zeros(self, accumulated: Accumulator, live: PyTree, cuts: PyTree) -> PyTree:
-        """-0.0 to add the gradients of one call in; `cuts` as for `run`."""
-        if self.gather is None:
-            return _tree.minus_zeros_like(accumulated.init(live).grads)
-        shapes = jax.eval_shape(accumulated.init, live).grads
-        return self.gather.zeros(shapes, cuts)
-
-    def total(self, sums: PyTree, cuts: PyTree) -> PyTree:
-        """The sums of all devices, from those that `run` gave."""
-        if self.gather is not None:
-            return self.gather.sum(sums, cuts)
-        return sums if self.axes is None else self.axes.sum(sums)
 
     def run(
         self,
         call: Call,
         parts: Parts,
+        devices: Devices,
         grads: tuple[PyTree, ...],
         *,
         seed: Callable[[int], float],
-        cuts: tuple[PyTree, ...] | None = None,
     ) -> Outcome:
-        """Adds the gradient of every microbatch to `grads`.
+        """Adds the gradient of every microbatch to `grads`, on a device.
+
+        All else that it gives is of all devices together.
 
         Args:
           call: the call.
           parts: the call, divided.
+          devices: the devices.
           grads: the accumulator, a tree for each of `call.argnums`.
           seed: from the rows of a microbatch to what its gradient is multiplied by,
             static.
-          cuts: how what is differentiated is divided, if `gather`.
         """
         if self.in_place and is_batched((call.arrays, grads)):
             self = dataclasses.replace(self, in_place=False)
-        live = dict(zip(call.argnums, call.live, strict=True))
-        if self.axes is not None:
-            live = self.axes.vary(live)
-        divided = None if cuts is None else dict(zip(call.argnums, cuts, strict=True))
-        if self.gather is not None and self.gather.once:
-            live = self.gather.whole(live, divided)
+        live = devices.vary(dict(zip(call.argnums, call.live, strict=True)))
+        live = devices.gather_once(live)
         sums = typed_like(dict(zip(call.argnums, grads, strict=True)), live)
-        first = state = jax.tree.map(_tree.strong, call.state)
-        given, loss = call.given, self.losses[0]
-        if self.axes is not None:
-            given, state = loss.begin(self.axes, given, state)
+        first = jax.tree.map(_tree.strong, call.state)
+        loss = self.losses[0]
+        given, state = loss.begin(devices, call.given, first)
         terms = [
-            _Term(self, fun, live, parts, aux, seed, given, state, divided)
+            _Term(self, fun, live, parts, aux, seed, given, state, devices)
             for fun, aux in zip(self.losses, self.aux, strict=True)
         ]
         total = None
         if self.weighted and self.mean and len(terms) > 1:
-            total = _normalise(terms, parts, self.axes)
+            total = _normalise(terms, parts, devices)
 
         def alone(carry: Any, part: Part) -> Any:
             grads, (seen,), state = carry
@@ -152,9 +125,12 @@ class Loop:
         body = alone if len(terms) == 1 else in_turn
         carry = sums, [term.begin() for term in terms], state
         sums, seen, state = parts.scan(body, carry)
-        if self.axes is not None:
-            seen = [t.over(self.axes, s) for t, s in zip(terms, seen, strict=True)]
-            state = loss.end(self.axes, first, state, terms[0].kept())
+
+        def together(devices: Devices) -> Any:
+            each = [t.over(devices, s) for t, s in zip(terms, seen, strict=True)]
+            return each, loss.end(devices, first, state, terms[0].kept())
+
+        seen, state = devices.reduce((seen, state), together)
         grads = tuple(sums[n] for n in call.argnums)
         accepted = jnp.all(~jnp.stack([s.refused for s in seen]))
         losses = [term.end(s) for term, s in zip(terms, seen, strict=True)]
@@ -192,20 +168,21 @@ class _Term:
         seed: Callable[[int], ArrayLike],
         given: PyTree,
         state: PyTree,
-        cuts: PyTree,
+        devices: Devices,
     ):
         self.loop, self.stateful, self.live, self.parts = loop, stateful, live, parts
-        self.seed, self.given, self.state, self.cuts = seed, given, state, cuts
+        self.seed, self.given, self.state = seed, given, state
+        self.devices = devices
         shapes = [
             jax.eval_shape(lambda state, part=part: self.loss(part, state), state)
             for part in parts.each()
         ]
         self.shape = shapes[0]
-        self.in_place, self.agree = loop.in_place, lambda taken: taken
-        if loop.axes is not None:
-            loop.axes.check_own("The loss", self.shape.value)
-            if loop.weighted:
-                self._agree(loop.axes, parts.each())
+        devices.check_own("The loss", self.shape.value)
+        self.in_place, self.agree = loop.in_place and devices.in_place, _identity
+        if loop.weighted:
+            self.agree, unhindered = self._agreement(parts.each())
+            self.in_place = self.in_place and unhindered
         self.reducer = reducer(aux, shapes[0].aux, shapes[-1].aux, parts)
 
     def read(
@@ -217,11 +194,10 @@ class _Term:
         check_aux_leaves(loss.aux)
         return loss, _tree.cast_like(new, state)
 
-    def _agree(self, axes: Axes, parts: list[Part]) -> None:
-        """Sees to it that no device leaves out what another one waits for.
+    def _agreement(self, parts: list[Part]) -> tuple[Callable[..., Any], bool]:
+        """`Devices.agreement` for the losses of these microbatches.
 
-        A weighted backward pass in place is left out where the weight is 0. The
-        gradient is asked and not the loss: a rule of `jax.custom_vjp` may exchange
+        The gradient is asked and not the loss: a rule of `jax.custom_vjp` may exchange
         something in the backward pass alone.
         """
 
@@ -231,14 +207,9 @@ class _Term:
 
             return jax.value_and_grad(value)(live)
 
-        asked = [functools.partial(gradient, part=part) for part in parts]
+        gradients = [functools.partial(gradient, part=part) for part in parts]
         live = self.whole(parts[0])
-        if any(exchanges(axes.names, fun, live, self.state) for fun in asked):
-            # The loss of the others depends on a device without weight, too.
-            self.agree = axes.any
-        elif not axes.alone:
-            # XLA may let devices of different weights exchange what they computed.
-            self.in_place = False
+        return self.devices.agreement(gradients, live, self.state)
 
     def kept(self) -> PyTree:
         """For each leaf of the state, whether every microbatch returns it as it was."""
@@ -257,10 +228,7 @@ class _Term:
 
     def whole(self, part: Part) -> dict[int, PyTree]:
         """What is differentiated, of which a device may have a part only."""
-        gather = self.loop.gather
-        if gather is None or gather.once:
-            return self.live
-        return gather.whole(self.live, self.cuts, part.index)
+        return self.devices.gather(self.live, part.index)
 
     def begin(self) -> _Seen:
         dtype = _tree.wide(self.shape.value.dtype)
@@ -280,11 +248,8 @@ class _Term:
                 value = value.astype(dtype) * seed
             return value, (taken, (loss, new))
 
-        gather, parts = self.loop.gather, None
-        if gather is not None and not gather.once:
-            parts = functools.partial(gather.parts, cuts=self.cuts)
-        live = self.whole(part)
-        out, grads = backward(fun, live, grads, in_place=self.in_place, parts=parts)
+        live, scatter = self.whole(part), self.devices.scatter
+        out, grads = backward(fun, live, grads, in_place=self.in_place, scatter=scatter)
         loss, state = out
         value, (weight, refused) = loss.value.astype(dtype), self.weigh(loss, part)
         if loss.weight is not None:
@@ -307,11 +272,11 @@ class _Term:
         weight = jnp.where(counts(loss.weight), loss.weight, 0)
         return weight, ~usable(loss.weight)
 
-    def over(self, axes: Axes, seen: _Seen) -> _Seen:
+    def over(self, devices: Devices, seen: _Seen) -> _Seen:
         """What all devices have seen."""
         refused = seen.refused.astype(seen.weight.dtype)  # for one reduction of all
-        value, weight, refused = axes.sum((seen.value, seen.weight, refused))
-        return _Seen(value, weight, refused > 0, self.reducer.over(axes, seen.aux))
+        value, weight, refused = devices.sum((seen.value, seen.weight, refused))
+        return _Seen(value, weight, refused > 0, self.reducer.over(devices, seen.aux))
 
     def end(self, seen: _Seen) -> Loss:
         value = seen.value
@@ -324,7 +289,7 @@ class _Term:
         )
 
 
-def _normalise(terms: list[_Term], parts: Parts, axes: Axes | None) -> jax.Array:
+def _normalise(terms: list[_Term], parts: Parts, devices: Devices) -> jax.Array:
     """Lets all weighted losses be divided by one number, () float, which it gives.
 
     Each loss is seeded with the ratio of that number, the least of the sums of weights,
@@ -340,8 +305,7 @@ def _normalise(terms: list[_Term], parts: Parts, axes: Axes | None) -> jax.Array
         return [added(*pair) for pair in zip(terms, sums, strict=True)]
 
     sums = jnp.stack(parts.scan(body, [jnp.zeros((), float) for _ in terms]))
-    if axes is not None:
-        sums = axes.sum(sums)
+    sums = devices.sum(sums)
     sums = jnp.where(sums != 0, sums, jnp.inf)  # of a loss that adds nothing
     least = jnp.min(sums)
     for term, total in zip(terms, sums, strict=True):
@@ -356,23 +320,22 @@ def backward(
     sums: PyTree,
     *,
     in_place: bool,
-    parts: Callable[[PyTree], PyTree] | None = None,
+    scatter: Callable[..., tuple[PyTree, jax.Array]] = ONE.scatter,
 ) -> tuple[Any, PyTree]:
     """`add_backward`, or its twin that carries the gradient tree.
 
-    `parts`: from the gradients to what is added, which is never in place.
+    `scatter`: that of the devices, which is the identity if `in_place`.
     """
-    if in_place and parts is None:
+    if in_place:
         return add_backward(fun, params, sums)
     value, vjp, (taken, aux) = jax.vjp(fun, params, has_aux=True)
     (grads,) = vjp(jnp.ones_like(value))
     weight = jnp.where(True if taken is None else taken, 1.0, 0.0)
-    if parts is not None:
-        # In the sums' precision, and without what is not to be added.
-        grads = jax.tree.map(
-            lambda g, s: jnp.where(weight != 0, g.astype(s.dtype), 0), grads, sums
-        )
-        grads, weight = parts(grads), jnp.ones_like(weight)
+    grads, weight = scatter(grads, sums, weight)
     before = Sums(sums, jnp.zeros((), float), {})
     after, _ = _TREES.add(before, grads, weight, {}, first=False, summed=True)
     return aux, after.grads
+
+
+def _identity(x: Any) -> Any:
+    return x

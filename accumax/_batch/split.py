@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from .._devices.replicated import Axes
+from .._devices.one import ONE, Devices, fold_in
 from .._devices.specs import only
 from .._types import ArrayLike, PyTree
 from .._xla.loops import after
@@ -124,7 +124,7 @@ class Split:
 
     def over(
         self,
-        axes: Axes,
+        devices: Devices,
         fun: Callable[..., Any],
         args: tuple,
         kwargs: dict[str, Any],
@@ -140,8 +140,8 @@ class Split:
         call = {**dict(enumerate(args)), **kwargs}
         batches = find("batch_argnums", self.batch_argnums, fun, args, kwargs)
         rows = check_rows({place: call[place] for place in batches})
-        count, size = axes.count, self.microbatch_size
-        over = f"the {count} devices along reduce_axis={axes.names}"
+        count, size = devices.divides, self.microbatch_size
+        over = f"the {count} devices along reduce_axis={devices.names}"
         if rows % count:
             raise ValueError(
                 f"The batch has {rows} rows, which {over} do not divide. Pass a "
@@ -162,7 +162,7 @@ class Split:
                 f"devices, and {over} do not divide it. Pass a multiple of {count}."
             )
         own = dataclasses.replace(self, microbatch_size=size and size // count)
-        specs = {p: axes.rows if p in batches else PartitionSpec() for p in call}
+        specs = {p: devices.rows if p in batches else PartitionSpec() for p in call}
         return (
             own,
             tuple(specs[n] for n in range(len(args))),
@@ -175,7 +175,7 @@ class Split:
         argnums: tuple[int, ...],
         args: tuple,
         kwargs: dict[str, Any],
-        axes: Axes | None = None,
+        devices: Devices = ONE,
     ) -> Parts:
         """Divides the call `fun(*args, **kwargs)`, differentiated at `argnums`.
 
@@ -194,8 +194,7 @@ class Split:
         rows = check_rows({place: call[place] for place in batches})
         for place in keys:
             check_keys(place, call[place])
-        if axes is not None:
-            call |= {place: fold_in(call[place], axes.index()) for place in keys}
+        call |= {place: devices.own_keys(call[place]) for place in keys}
         shared = {p: call[p] for p in call.keys() - batches - keys}
         check_shared(shared, rows, argnums, self.batch_argnums)
         size, count = self._sizes(rows)
@@ -332,12 +331,3 @@ def _check_tail(batches: PyTree, rows: int, size: int) -> None:
                 "divides them, or pass reduce_axis, with which each device divides "
                 "its own."
             )
-
-
-def fold_in(keys: PyTree, i: ArrayLike) -> PyTree:
-    """Each of `keys`, typed or raw, folded with i, () integer."""
-
-    def fold(key: Any) -> jax.Array:
-        return jax.random.fold_in(jnp.asarray(key), jnp.asarray(i, jnp.uint32))
-
-    return jax.tree.map(fold, keys)

@@ -1,78 +1,71 @@
-"""Mesh axes over which the rows of a batch are divided and gradients are summed."""
+"""Devices that hold whole parameters and divide the rows of a batch."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
 from .. import _tree
 from .._types import PyTree
-from .._xla.varying import explicit_axes, is_checked, vary, varying
-from .specs import joined, names_in, only, spec_of, without
+from .._xla.jaxprs import exchanges
+from .._xla.loops import at_most_once
+from .._xla.varying import is_checked, vary, varying
+from .mesh import Axes, AxisNames, MeshLike, axes_of_mesh
+from .one import ONE, Devices, fold_in
+from .specs import names_in, only, spec_of
 
 T = TypeVar("T")
 
-# A mesh axis or several, as users write it.
-AxisNames: TypeAlias = str | Sequence[str]
-MeshLike: TypeAlias = jax.sharding.Mesh | jax.sharding.AbstractMesh
-
 
 @dataclasses.dataclass(frozen=True)
-class Axes:
-    """The mesh axes of a `reduce_axis`. A *device* is one position along all of them.
+class Replicated(Devices):
+    """Each device has whole parameters; gradients are summed at the end of a call.
 
     Attributes:
-      names: the axes, the major one first.
-      mesh: the mesh, None for the ambient one.
+      axes: the mesh axes along which the devices are.
     """
 
-    names: tuple[str, ...]
-    mesh: MeshLike | None = None
+    axes: Axes
+
+    needs_rows = True
 
     @property
-    def inside(self) -> bool:
-        """Whether what is traced runs on one device: in a `jax.shard_map` over them."""
-        manual = jax.sharding.get_abstract_mesh().manual_axes
-        here = [name for name in self.names if name in manual]
-        if here and len(here) < len(self.names):
-            raise ValueError(
-                f"reduce_axis={self.names}, of which this shard_map is over {here} "
-                "only. Let it be over all of them, or over none."
-            )
-        return bool(here)
+    def names(self) -> tuple[str, ...]:
+        return self.axes.names
 
     @property
     def count(self) -> int:
-        """The number of devices.
+        return self.axes.count
 
-        Raises:
-          ValueError: there is no mesh, or it lacks an axis.
-        """
-        mesh = self.where()
-        return math.prod(mesh.shape[name] for name in self.names)
+    @property
+    def divides(self) -> int:
+        return 1 if self.axes.inside else self.axes.count
+
+    def at(self, args: tuple, argnums: tuple[int, ...]) -> Devices:
+        for n in argnums:
+            self.axes.check_whole(f"Argument {n}", args[n])
+        return self
+
+    def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
+        return fun(*args) if self.axes.inside else self.axes.map(fun, args, specs, out)
 
     @property
     def rows(self) -> PartitionSpec:
-        """How an array is sharded that has rows of all devices along its first axis."""
-        return PartitionSpec(self.names)
+        return self.axes.rows
 
-    def index(self) -> jax.Array:
-        """() int32: which device this is. Only `inside`."""
-        return lax.axis_index(self.names)
+    def vary(self, tree: T) -> T:
+        names = frozenset(filter(is_checked, self.names))
+        return jax.tree.map(lambda x: vary(x, names), tree)
 
     def sum(self, tree: T) -> T:
-        """The sum over the devices of what each has, in one reduction. `inside`."""
         with jax.named_scope("accumax.reduce"):
             return lax.psum(self.vary(tree), self.names)
 
     def last(self, x: jax.Array) -> jax.Array:
-        """`x` as the last device has it. `inside`."""
         dtype = x.dtype
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
             impl = jax.random.key_impl(x)
@@ -80,93 +73,17 @@ class Axes:
             return jax.random.wrap_key_data(data, impl=impl)
         if dtype == jnp.bool_:
             return self.last(x.astype(jnp.int32)) != 0
-        own = self.index() == self.count - 1
-        return self.sum(jnp.where(own, x, _tree.minus_zero(dtype)))
+        is_last = lax.axis_index(self.names) == self.count - 1
+        return self.sum(jnp.where(is_last, x, _tree.minus_zero(dtype)))
 
-    def any(self, pred: jax.Array) -> jax.Array:
-        """bool, each whether it is true on any device. `inside`."""
-        return self.sum(jnp.float32(pred)) > 0
+    def any(self, flags: jax.Array) -> jax.Array:
+        return self.sum(jnp.float32(flags)) > 0
 
-    def all(self, pred: jax.Array) -> jax.Array:
-        """bool, each whether it is true on all devices. `inside`."""
-        return ~self.any(~pred)
-
-    def vary(self, tree: T) -> T:
-        """`tree`, as a value that each device may have another one of. `inside`.
-
-        With respect to such a value, a gradient is the device's own. JAX reduces the
-        others', in every backward pass.
-        """
-        names = frozenset(filter(is_checked, self.names))
-        return jax.tree.map(lambda x: vary(x, names), tree)
-
-    def check_own(self, what: str, tree: PyTree) -> None:
-        """Checks that `tree` was not reduced before. `inside`.
-
-        Under check_vma=False JAX does not say, and this cannot see it.
-
-        Raises:
-          ValueError: it was.
-        """
-        for name in filter(is_checked, self.names):
-            for path, x in jax.tree_util.tree_leaves_with_path(tree):
-                if name not in varying(x):
-                    raise ValueError(
-                        f"{what}{jax.tree_util.keystr(path)} is the same on all "
-                        f"devices of {name!r}: it is reduced already, and would be "
-                        f"counted {self.count} times. Pass each device's own: "
-                        "differentiate with respect to jax.lax.pcast(params, "
-                        f'{name!r}, to="varying"), and leave psum and pmean to '
-                        "accumax."
-                    )
-
-    @property
-    def alone(self) -> bool:
-        """Whether the mesh has no other axis along which anything could be divided."""
-        return math.prod(self.where().shape.values()) == self.count
-
-    def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
-        """`fun(*args)` on each device, which then is `inside`.
-
-        `specs`, `out`: of the arguments and of the results, prefix trees, with names of
-        `self` only: the mesh's other axes stay as they are.
-
-        Leaves that are no arrays reach `fun` as they are.
-        """
-        mesh, nested = self.where(), jax.sharding.get_abstract_mesh().manual_axes
-        specs = jax.tree.broadcast(specs, args, is_leaf=_is_spec)
-        leaves, structure = jax.tree.flatten(args)
-        each = jax.tree.leaves(specs, is_leaf=_is_spec)
-        where = [i for i, x in enumerate(leaves) if is_array(x)]
-
-        def on_device(*arrays: jax.Array) -> Any:
-            here = dict(zip(where, arrays, strict=True))
-            return fun(
-                *structure.unflatten([here.get(i, x) for i, x in enumerate(leaves)])
-            )
-
-        # Not checked: a loss is to need no change, and under the check a scan that
-        # begins with zeros needs one. But what is around this may be checked, and then
-        # what is in it must be.
-        mapped = jax.shard_map(
-            on_device,
-            mesh=None if nested else mesh,
-            in_specs=tuple(each[i] for i in where),
-            out_specs=out,
-            axis_names=set(self.names),
-            check_vma=any(map(is_checked, nested)),
-        )
-        arrays = [self._placed(leaves[i], each[i]) for i in where]
-        # Without jit, shard_map takes no mesh of which it leaves an axis as it is.
-        return jax.jit(mapped, inline=True)(*arrays)
+    def all(self, flags: jax.Array) -> jax.Array:
+        return ~self.any(~flags)
 
     def same(self, name: str, x: jax.Array) -> jax.Array:
-        """`x`, () float, that is called `name` and is not to differ by device.
-
-        Raises:
-          ValueError: it may, within a `shard_map` that checks it.
-        """
-        if not self.inside:
+        if not self.axes.inside:
             return x
         if not varying(x).isdisjoint(self.names):
             raise ValueError(
@@ -174,116 +91,170 @@ class Axes:
                 "for the rows of all. Let the loss return what its own rows weigh "
                 "(weighted=True), or reduce it."
             )
-        # Unchecked, it may differ still, and then the devices would part company.
+        # check_vma=False says nothing; with the mean, all devices go the same way.
         return self.sum(x) / self.count
 
-    def zeros(self, shapes: PyTree, like: PyTree) -> PyTree:
-        """Zeros of these shapes for each device, under a new first axis.
+    def own_keys(self, keys: T) -> T:
+        return fold_in(keys, lax.axis_index(self.names))
 
-        That axis has the devices' number, and each makes its own: none is made on one
-        device for all. Over the mesh's other axes they are sharded as `like` is.
-        `inside`, its length is 1.
+    def reduce(self, own: T, fun: Callable[[Devices], T]) -> T:
+        return fun(self)
 
-        Raises:
-          ValueError: `like` is sharded over `self`.
+    def check_own(self, name: str, tree: PyTree) -> None:
+        # Under check_vma=False JAX does not say whether a value was reduced.
+        for axis in filter(is_checked, self.names):
+            for path, x in jax.tree_util.tree_leaves_with_path(tree):
+                if axis not in varying(x):
+                    raise ValueError(
+                        f"{name}{jax.tree_util.keystr(path)} is the same on all "
+                        f"devices of {axis!r}: it is reduced already, and would be "
+                        f"counted {self.count} times. Pass each device's own: "
+                        "differentiate with respect to jax.lax.pcast(params, "
+                        f'{axis!r}, to="varying"), and leave psum and pmean to '
+                        "accumax."
+                    )
+
+    def agreement(
+        self, gradients: list[Callable[..., Any]], *args: Any
+    ) -> tuple[Callable[[jax.Array], jax.Array], bool]:
+        if any(exchanges(self.names, fun, *args) for fun in gradients):
+            # The loss of the others depends on a device without weight, too.
+            return self.any, True
+        # XLA may let devices exchange what they computed along another axis, where
+        # their weights differ.
+        agree, _ = super().agreement([])
+        return agree, self.axes.alone
+
+    def begin(self, sums: T, zeros: Callable[[], T]) -> tuple[Any, T]:
+        # Counted on one device, so that no second tree is needed.
+        return (), jax.tree.map(lambda s: on_first(s, self.names), sums)
+
+    def end(self, held: Any, sums: T) -> T:
+        return self.sum(sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class PerDevice(Replicated):
+    """Each device keeps its own sums for a window; its end sums them, once.
+
+    In a state, sums have a first axis that is divided over the devices.
+    """
+
+    @property
+    def sums(self) -> Any:
+        return self.axes.rows
+
+    def begin(self, sums: T, zeros: Callable[[], T]) -> tuple[Any, T]:
+        return (), sums
+
+    def end(self, held: Any, sums: T) -> T:
+        return sums
+
+    def unstack(self, sums: T) -> T:
+        return jax.tree.map(lambda x: x[0], sums)
+
+    def stack(self, sums: T) -> T:
+        return jax.tree.map(lambda x: x[None], sums)
+
+    def join(self, other: Devices) -> Devices:
+        if not other.names:
+            return self
+        if not isinstance(other, Replicated) or not other.in_place:
+            raise ValueError(
+                "accumax.FSDP is for parameters that no device has whole, "
+                "and an accumulate with reduce_axis="
+                f"{self.names} keeps a whole sum on each. Leave "
+                "reduce_axis to train_step, which then reduces in every call."
+            )
+        if self.names != other.names:
+            raise ValueError(
+                f"reduce_axis={other.names}, where the accumulate has reduce_axis="
+                f"{self.names}. Pass the same, or pass it to the accumulate alone."
+            )
+        return self if other.axes.mesh is None else PerDevice(other.axes)
+
+    def init(self, init: Callable[[PyTree], PyTree], grads: PyTree) -> PyTree:
+        """Zeros that each device makes for itself.
+
+        Over the mesh's other axes they are sharded as the parameters are.
         """
-        explicit = self._explicit
-        like = _tree.differentiable(like)
-        self.check_whole("params", like)
+        explicit = self.axes.explicit
+        shapes, like = jax.eval_shape(init, grads), _tree.differentiable(grads)
+        self.axes.check_whole("params", like)
         specs = jax.tree.map(spec_of, like)
 
-        def own() -> PyTree:
-            def zero(s: Any, spec: PartitionSpec) -> jax.Array:
-                x = jnp.zeros((1, *s.shape), s.dtype)
-                if explicit:
-                    spec = PartitionSpec(None, *only(spec, explicit))
-                    return jax.sharding.reshard(x, spec)
-                if not any(map(names_in, spec)):
-                    return x  # nothing to say, or nothing that is known under jit
-                return lax.with_sharding_constraint(x, PartitionSpec(None, *spec))
+        def zero(s: Any, spec: PartitionSpec) -> jax.Array:
+            x = jnp.zeros(s.shape, s.dtype)
+            if explicit:
+                return jax.sharding.reshard(x, PartitionSpec(*only(spec, explicit)))
+            if not any(map(names_in, spec)):
+                return x  # nothing to say, or nothing that is known under jit
+            return lax.with_sharding_constraint(x, spec)
 
-            return jax.tree.map(zero, shapes, specs)
+        def zeros() -> PyTree:
+            return self.stack(jax.tree.map(zero, shapes, specs))
 
-        if self.inside:
-            return self.vary(own())
-        return self.map(own, (), (), self.rows)
+        if self.axes.inside:
+            return self.vary(zeros())
+        return self.axes.map(zeros, (), (), self.rows)
 
-    def check_whole(self, name: str, tree: PyTree) -> None:
-        """Checks that every device has all of `tree`, as far as that is known now.
+    def check_inside(self) -> None:
+        if not self.axes.inside:
+            raise TypeError(
+                f"accumulate(..., reduce_axis={self.names}) keeps the sums of the "
+                "devices apart, and outside of a jax.shard_map over them there is "
+                "one gradient for all. Call this within one, or use "
+                "accumax.train_step, or leave reduce_axis away."
+            )
 
-        Raises:
-          ValueError: a leaf is sharded over `self`.
-        """
-        leaves = () if self.inside else jax.tree_util.tree_leaves_with_path(tree)
-        for path, x in leaves:
-            spec, sizes = spec_of(x), self.where().shape
-            names = tuple(name for name in self.names if sizes[name] > 1)
-            if any(only(spec, names)):
-                raise ValueError(
-                    f"{name}{jax.tree_util.keystr(path)} is sharded by {spec}, over "
-                    f"reduce_axis={self.names}, and a device needs all of it. Pass "
-                    "reduce_axis=accumax.FSDP(...) to accumax.train_step or "
-                    "value_and_grad, and no reduce_axis to accumax.accumulate."
-                )
+    def on_each(
+        self, fun: Callable[..., Any], own: tuple, same: tuple
+    ) -> tuple[Any, Any]:
+        def on_device(own: tuple, same: tuple) -> tuple[Any, Any]:
+            own, out = fun(*self.unstack(own), *same)
+            return self.stack(own), out
 
-    def each(self, name: str, tree: PyTree) -> PyTree:
-        """The shapes of what a device has of `tree`, that is called `name`.
+        specs = self.rows, PartitionSpec()
+        return self.map(on_device, (own, same), specs, specs)
 
-        Raises:
-          ValueError: it is not of as many devices.
-        """
-        count = 1 if self.inside else self.count
+    def total(self, sums: T) -> T:
+        return self._reduced(sums)[1]
 
-        def own(path: Any, x: Any) -> jax.ShapeDtypeStruct:
-            if x.shape[:1] != (count,):
+    def boundary(
+        self, applies: jax.Array, fun: Callable[[T, Any], T], carry: T, sums: PyTree
+    ) -> tuple[T, PyTree]:
+        # Sums that are to be reduced go through the loop, to be reduced in place.
+        def body(both: tuple[T, PyTree]) -> tuple[T, PyTree]:
+            carry, sums = both
+            sums, total = self._reduced(sums)
+            return fun(carry, total), sums
+
+        return at_most_once(applies, body, (carry, sums))
+
+    def _reduced(self, sums: T) -> tuple[T, T]:
+        """The sum of all devices, as the sums in a state are and as a gradient is."""
+
+        def reduced(sums: T) -> tuple[T, T]:
+            total = self.sum(sums)
+            return self.vary(total), total
+
+        return self.on_each(reduced, (sums,), ())
+
+    def shapes(self, name: str, sums: PyTree) -> PyTree:
+        def shape(path: Any, x: Any) -> jax.ShapeDtypeStruct:
+            if x.shape[:1] != (self.divides,):
                 raise ValueError(
                     f"{name}{jax.tree_util.keystr(path)} has shape {x.shape}; expected "
-                    f"a first axis of {count}, for the sum of each device along "
+                    f"a first axis of {self.divides}, for the sum of each device along "
                     f"reduce_axis={self.names}. A window begins and ends with one "
                     "number of devices, and with what its accumulate was asked for."
                 )
             return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
 
-        return jax.tree_util.tree_map_with_path(own, tree)
+        return jax.tree_util.tree_map_with_path(shape, sums)
 
-    @property
-    def _explicit(self) -> tuple[str, ...]:
-        return explicit_axes(self.where())
-
-    def where(self) -> MeshLike:
-        """The mesh.
-
-        Raises:
-          ValueError: there is none, or it lacks an axis.
-        """
-        ambient = jax.sharding.get_abstract_mesh()
-        mesh = ambient if self.mesh is None or ambient.manual_axes else self.mesh
-        if mesh.empty:
-            raise ValueError(
-                f"reduce_axis={self.names}, and there is no mesh. Call this under "
-                "jax.set_mesh(mesh), or pass accumax.DataParallel(..., mesh=mesh)."
-            )
-        for name in self.names:
-            if name not in mesh.axis_names:
-                raise ValueError(
-                    f"reduce_axis={self.names}, but the mesh has no axis {name!r}: its "
-                    f"axes are {dict(mesh.shape)}."
-                )
-        return mesh
-
-    def _placed(self, x: Any, spec: PartitionSpec) -> jax.Array:
-        """`x` sharded by `spec`, where JAX demands it because types say it."""
-        x = jnp.asarray(x)
-        if not self._explicit:
-            return x
-        old = jax.typeof(x).sharding.spec
-        old = (*old, *(None,) * (x.ndim - len(old)))
-        new = (*spec, *(None,) * (x.ndim - len(spec)))
-        rest = without(PartitionSpec(*old), self.names)
-        new = [joined(names, others) for names, others in zip(new, rest, strict=True)]
-        if [joined(x, None) for x in old] == new:
-            return x
-        return jax.sharding.reshard(x, PartitionSpec(*new))
+    def as_replicated(self, grads: PyTree) -> PyTree:
+        return jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, g.dtype), grads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,61 +294,25 @@ class DataParallel:
         axes_of_mesh(self.axis, self.mesh)
 
 
-def check_axes(reduce_axis: Any) -> Axes | None:
-    """The `Axes` of a `reduce_axis` that is none, names, or a `DataParallel`.
+def check_window_axis(reduce_axis: Any) -> Devices:
+    """The devices of a window whose `reduce_axis` is this.
 
     Raises:
-      TypeError, ValueError: it is none of these, or the mesh lacks an axis.
+      TypeError, ValueError: it is not None, names or a `DataParallel`, or the mesh
+        lacks an axis.
     """
     if reduce_axis is None:
-        return None
+        return ONE
+    return PerDevice(axes_of(reduce_axis))
+
+
+def axes_of(reduce_axis: Any) -> Axes:
+    """The axes of names or of a `DataParallel`; raises if it is neither."""
     if isinstance(reduce_axis, DataParallel):
         return axes_of_mesh(reduce_axis.axis, reduce_axis.mesh)
     return axes_of_mesh(reduce_axis, None)
 
 
-def axes_of_mesh(axis: Any, mesh: Any) -> Axes:
-    """The axes of these names.
-
-    Raises:
-      TypeError, ValueError: they are none, or the mesh lacks one.
-    """
-    several = isinstance(axis, (tuple, list))
-    names = tuple(axis) if several else (axis,)
-    if not names or not all(isinstance(name, str) for name in names):
-        raise TypeError(
-            f"reduce_axis={axis!r} must be the name of a mesh axis, a tuple of them, "
-            "an accumax.DataParallel or an accumax.FSDP."
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"reduce_axis={axis!r} names an axis twice.")
-    if mesh is not None and not isinstance(
-        mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)
-    ):
-        raise TypeError(f"{mesh=} must be a jax.sharding.Mesh, or None.")
-    axes = Axes(names, mesh)
-    if mesh is not None:
-        _ = axes.count  # has it these axes?
-    return axes
-
-
-def stacked(tree: PyTree) -> PyTree:
-    """What one device has, under the first axis of what all have."""
-    return jax.tree.map(lambda x: x[None], tree)
-
-
-def unstacked(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x[0], tree)
-
-
 def on_first(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
     """`x` on the first device along these axes, -0.0 on the others."""
     return jnp.where(lax.axis_index(names) == 0, x, _tree.minus_zero(x.dtype))
-
-
-def is_array(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray))
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)

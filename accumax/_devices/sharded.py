@@ -1,8 +1,9 @@
-"""Parameters that are sharded over the devices whose gradients are summed (FSDP)."""
+"""Devices over which the parameters are sharded, as the rows are (FSDP)."""
 
 import dataclasses
 import math
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _tree
 from .._types import ArrayLike, PyTree
-from .._xla.varying import explicit_axes
-from .replicated import (
-    Axes,
-    AxisNames,
-    DataParallel,
-    MeshLike,
-    axes_of_mesh,
-    check_axes,
-    on_first,
-)
+from .mesh import Axes, AxisNames, MeshLike, axes_of_mesh
+from .one import ONE, Devices
+from .replicated import DataParallel, Replicated, axes_of, on_first
 from .specs import names_in, only, spec_of
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +35,20 @@ class Cut:
     dims: tuple[tuple[int, tuple[str, ...]], ...]
     rest: tuple[str, ...]
 
-    def gathered(self, x: jax.Array) -> jax.Array:
+    def gather(self, x: jax.Array) -> jax.Array:
+        """The whole parameter, from a device's part."""
         for dim, names in self.dims:
             x = lax.all_gather(x, names, axis=dim, tiled=True)
         return x
 
-    def scattered(self, x: jax.Array) -> jax.Array:
-        """The device's part of the sum over those that have another part."""
+    def scatter(self, x: jax.Array) -> jax.Array:
+        """A device's part of the sum over the devices that have another part."""
         for dim, names in self.dims:
             x = lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True)
         return x
 
     def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of which a device's part has `shape`."""
+        """The shape of the parameter of which a device's part has `shape`."""
         whole = list(shape)
         for dim, names in self.dims:
             whole[dim] *= math.prod(map(lax.axis_size, names))
@@ -59,151 +56,210 @@ class Cut:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gather:
-    """When each device has whole parameters, and whole gradients.
-
-    Trees of `Cut` have one for each leaf that is differentiated. All that works with
-    them is `Axes.inside`.
+class Shards(Devices):
+    """Parameters are sharded over the devices; `at` says how, at each call.
 
     Attributes:
       axes: the devices.
       once: parameters are gathered, and gradients are reduced to the device's part,
-        once for a call, until when a device keeps whole ones. Else for each microbatch.
-      specs: for each argument that is differentiated how it is sharded, None for what
-        its arrays say.
+        once in a call. Else for each microbatch.
+      specs: for each argument that is differentiated its sharding; None where its
+        arrays say it.
     """
 
     axes: Axes
     once: bool
     specs: tuple[PyTree, ...]
 
-    def cuts_of(self, args: tuple, argnums: tuple[int, ...]) -> tuple[PyTree, ...]:
-        """How the arguments that are differentiated are divided; see `cuts`."""
-        pairs = zip(argnums, self.specs, strict=True)
-        return tuple(self.cuts(args[n], specs) for n, specs in pairs)
-
-    def cuts(self, params: PyTree, specs: PyTree) -> PyTree:
-        """How `params`, not yet `inside`, are divided; `specs`: their own, or None.
-
-        Raises:
-          ValueError: that is not known, or impossible.
-        """
-        axes, mesh = self.axes, self.axes.where()
-        explicit = explicit_axes(mesh)
-        others = [name for name in explicit if name not in axes.names]
-        if others:
-            raise ValueError(
-                f"accumax.FSDP and a mesh with the explicit axes {others} "
-                "besides reduce_axis do not go together: JAX cannot scatter over a "
-                "part of explicit axes. Make these axes AxisType.Auto."
-            )
-        if specs is None:
-            leaves, structure = jax.tree.flatten(params)
-            typed = set(axes.names) <= set(explicit) and not axes.inside
-            if not typed and any(isinstance(x, Tracer) for x in leaves):
-                raise ValueError(
-                    "accumax.FSDP needs to know how the parameters are "
-                    "sharded, which their types do not say under jit with a mesh of "
-                    "automatic axes, or in a shard_map. Pass specs=jax.tree.map(lambda "
-                    "p: p.sharding.spec, params)."
-                )
-            specs = structure.unflatten(map(spec_of, leaves))
-        try:
-            specs = jax.tree.broadcast(specs, params, is_leaf=_is_spec)
-        except ValueError as error:
-            raise ValueError(
-                f"specs of accumax.FSDP must be a prefix of the parameters, "
-                f"{_tree.outline(params)}: {error}"
-            ) from None
-
-        def cut(path: Any, x: Any, spec: Any) -> Cut:
-            spec = spec.spec if isinstance(spec, NamedSharding) else spec
-            here = only(spec, axes.names)
-            dims = tuple((i, names_in(entry)) for i, entry in enumerate(here) if entry)
-            used = [name for _, names in dims for name in names]
-            for i, names in dims if not axes.inside else ():
-                count = math.prod(mesh.shape[name] for name in names)
-                if i >= x.ndim or x.shape[i] % count:
-                    raise ValueError(
-                        f"specs{jax.tree_util.keystr(path)}={spec} divides axis "
-                        f"{i} of a parameter of shape {x.shape} by {count} devices, "
-                        "which is impossible. Leave it whole: PartitionSpec()."
-                    )
-            rest = tuple(name for name in axes.names if name not in used)
-            return Cut(here, dims, rest)
-
-        live = _tree.differentiable(params)
-        specs = _tree.masked(specs, live)
-        return jax.tree_util.tree_map_with_path(cut, live, specs)
+    needs_rows = True
 
     @property
-    def automatic(self) -> bool:
-        """Whether XLA is to gather and to reduce: it does so layer by layer.
+    def names(self) -> tuple[str, ...]:
+        return self.axes.names
 
-        Here, a parameter is gathered as a whole, which for layers that are scanned is
-        all of them at once.
-        """
-        explicit = set(explicit_axes(self.axes.where()))
-        return (
-            not self.once
-            and not self.axes.inside
-            and explicit.isdisjoint(self.axes.names)
-        )
+    def at(self, args: tuple, argnums: tuple[int, ...]) -> Devices:
+        pairs = zip(argnums, self.specs, strict=True)
+        cuts = {n: cuts_of(self.axes, args[n], specs) for n, specs in pairs}
+        typed = not set(self.axes.explicit).isdisjoint(self.names)
+        if self.once or self.axes.inside or typed:
+            return Sharded(self.axes, cuts, self.once)
+        return ByCompiler(self.axes.where(), cuts)
 
-    def placed(self, tree: PyTree, cuts: PyTree) -> PyTree:
-        """`tree` as the parameters are sharded, if `automatic`."""
-        mesh = self.axes.where()
+
+@dataclasses.dataclass(frozen=True)
+class Sharded(Replicated):
+    """Each device has a part of the parameters, and of the sums of gradients.
+
+    Attributes:
+      cuts: for each position that is differentiated a tree of `Cut`.
+      once: see `Shards`.
+    """
+
+    cuts: dict[int, PyTree]
+    once: bool
+
+    @property
+    def in_place(self) -> bool:
+        return self.once
+
+    @property
+    def sums(self) -> Any:
+        return tuple(map(specs_of, self.cuts.values()))
+
+    def arg(self, n: int, x: PyTree, spec: PartitionSpec) -> Any:
+        return specs_of(self.cuts[n], x) if n in self.cuts else spec
+
+    def zeros(self, init: Callable[[PyTree], PyTree], live: PyTree) -> PyTree:
+        def zero(x: Any, cut: Cut) -> jax.Array:
+            shape = x.shape if not self.once else cut.whole(x.shape)
+            return jnp.full(shape, _tree.minus_zero(x.dtype))
+
+        shapes = jax.eval_shape(init, live)
+        return self.vary(jax.tree.map(zero, shapes, tuple(self.cuts.values())))
+
+    def begin(self, sums: T, zeros: Callable[[], T]) -> tuple[Any, T]:
+        if self.once:  # whole gradients of this call cannot be added to a part
+            return sums, zeros()
+
+        def own(cut: Cut, s: jax.Array) -> jax.Array:
+            return on_first(s, cut.rest) if cut.rest else s
+
+        return (), self._each(own, sums)
+
+    def end(self, held: Any, sums: T) -> T:
+        if self.once:
+            sums = self._scatter(sums)
+
+        def over_rest(cut: Cut, x: jax.Array) -> jax.Array:
+            return lax.psum(x, cut.rest) if cut.rest else x
+
+        with jax.named_scope("accumax.reduce"):
+            sums = self._each(over_rest, sums)
+        return jax.tree.map(jnp.add, held, sums) if held else sums
+
+    def gather_once(self, live: T) -> T:
+        return self._each(Cut.gather, live) if self.once else live
+
+    def gather(self, live: T, i: ArrayLike) -> T:
+        if self.once:
+            return live
+        # The barrier keeps XLA from gathering before the loop, once for all.
+        live, _ = lax.optimization_barrier((live, jnp.asarray(i)))
+        return self._each(Cut.gather, live)
+
+    def scatter(self, grads: T, sums: PyTree, weight: jax.Array) -> tuple[T, jax.Array]:
+        if self.once:
+            return grads, weight
+
+        def masked(g: jax.Array, s: jax.Array) -> jax.Array:
+            # In the sums' precision, and without what must not be added.
+            return jnp.where(weight != 0, g.astype(s.dtype), 0)
+
+        parts = self._scatter(jax.tree.map(masked, grads, sums))
+        # Or XLA:TPU adds up whole gradients, and scatters their sum after the loop.
+        return lax.optimization_barrier(parts), jnp.ones_like(weight)
+
+    def _scatter(self, grads: T) -> T:
+        with jax.named_scope("accumax.reduce"):
+            return self._each(Cut.scatter, grads)
+
+    def _each(self, fun: Callable[[Cut, jax.Array], jax.Array], trees: T) -> T:
+        """`fun` of each leaf and its `Cut`; `trees`: by position, or in their order."""
+        by_position = isinstance(trees, dict)
+        cuts = self.cuts if by_position else tuple(self.cuts.values())
+        return jax.tree.map(fun, cuts, trees)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByCompiler(Devices):
+    """XLA gathers and reduces, layer by layer; the program is that of one device.
+
+    `Sharded` gathers a whole parameter, and layers that are scanned are one.
+    """
+
+    mesh: MeshLike
+    cuts: dict[int, PyTree]
+
+    def zeros(self, init: Callable[[PyTree], PyTree], live: PyTree) -> PyTree:
+        return self._placed(super().zeros(init, live))
+
+    def begin(self, sums: T, zeros: Callable[[], T]) -> tuple[Any, T]:
+        return (), self._placed(sums)
+
+    def end(self, held: Any, sums: T) -> T:
+        return self._placed(sums)
+
+    def _placed(self, tree: T) -> T:
+        """`tree` as the parameters are sharded."""
 
         def place(cut: Cut, x: jax.Array) -> jax.Array:
             free = [names or PartitionSpec.UNCONSTRAINED for names in cut.spec]
             free += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(free))
             if not cut.dims:
                 return x
-            sharding = NamedSharding(mesh, PartitionSpec(*free))
+            sharding = NamedSharding(self.mesh, PartitionSpec(*free))
             return lax.with_sharding_constraint(x, sharding)
 
-        return jax.tree.map(place, cuts, tree)
+        return jax.tree.map(place, tuple(self.cuts.values()), tree)
 
-    def whole(self, params: PyTree, cuts: PyTree, i: ArrayLike = 0) -> PyTree:
-        """`params` gathered, for microbatch i, () integer."""
-        if not self.once:  # else XLA does it before the loop, once for all
-            params, _ = lax.optimization_barrier((params, jnp.asarray(i)))
-        return jax.tree.map(lambda x, cut: cut.gathered(x), params, cuts)
 
-    def zeros(self, shapes: PyTree, cuts: PyTree) -> PyTree:
-        """-0.0 to add the gradients of a call in; `shapes`: of a device's parts."""
+def cuts_of(axes: Axes, params: PyTree, specs: PyTree) -> PyTree:
+    """How `params` are divided over `axes`: a tree of `Cut` for what is differentiated.
 
-        def zero(x: Any, cut: Cut) -> jax.Array:
-            shape = x.shape if not self.once else cut.whole(x.shape)
-            return jnp.full(shape, _tree.minus_zero(x.dtype))
+    `specs`: the sharding, or None for that of the arrays.
 
-        return self.axes.vary(jax.tree.map(zero, shapes, cuts))
+    Raises:
+      ValueError: the sharding is not known, or impossible.
+    """
+    explicit = axes.explicit
+    others = [name for name in explicit if name not in axes.names]
+    if others:
+        raise ValueError(
+            f"accumax.FSDP and a mesh with the explicit axes {others} "
+            "besides reduce_axis do not go together: JAX cannot scatter over a "
+            "part of explicit axes. Make these axes AxisType.Auto."
+        )
+    specs = _specs_of_arrays(axes, params) if specs is None else specs
+    try:
+        specs = jax.tree.broadcast(specs, params, is_leaf=_is_spec)
+    except ValueError as error:
+        raise ValueError(
+            f"specs of accumax.FSDP must be a prefix of the parameters, "
+            f"{_tree.outline(params)}: {error}"
+        ) from None
 
-    def begun(self, sums: PyTree, cuts: PyTree) -> PyTree:
-        """Sums to go on with, where several devices have the same part: on one."""
+    def cut(path: Any, x: Any, spec: Any) -> Cut:
+        spec = spec.spec if isinstance(spec, NamedSharding) else spec
+        here = only(spec, axes.names)
+        dims = tuple((i, names_in(entry)) for i, entry in enumerate(here) if entry)
+        for i, names in dims if not axes.inside else ():
+            count = math.prod(axes.where().shape[name] for name in names)
+            if i >= x.ndim or x.shape[i] % count:
+                raise ValueError(
+                    f"specs{jax.tree_util.keystr(path)}={spec} divides axis "
+                    f"{i} of a parameter of shape {x.shape} by {count} devices, "
+                    "which is impossible. Leave it whole: PartitionSpec()."
+                )
+        used = [name for _, names in dims for name in names]
+        rest = tuple(name for name in axes.names if name not in used)
+        return Cut(here, dims, rest)
 
-        def own(s: jax.Array, cut: Cut) -> jax.Array:
-            return on_first(s, cut.rest) if cut.rest else s
+    live = _tree.differentiable(params)
+    specs = _tree.masked(specs, live)
+    return jax.tree_util.tree_map_with_path(cut, live, specs)
 
-        return jax.tree.map(own, sums, cuts)
 
-    def parts(self, grads: PyTree, cuts: PyTree) -> PyTree:
-        """A device's parts of the gradients of one microbatch, summed over devices."""
-        with jax.named_scope("accumax.reduce"):
-            parts = jax.tree.map(lambda g, cut: cut.scattered(g), grads, cuts)
-        # Or XLA:TPU adds up whole gradients, and scatters their sum after the loop.
-        return lax.optimization_barrier(parts) if not self.once else parts
-
-    def sum(self, sums: PyTree, cuts: PyTree) -> PyTree:
-        """The device's parts of the sums of all."""
-        if self.once:
-            sums = self.parts(sums, cuts)
-
-        def over_rest(x: jax.Array, cut: Cut) -> jax.Array:
-            return lax.psum(x, cut.rest) if cut.rest else x
-
-        with jax.named_scope("accumax.reduce"):
-            return jax.tree.map(over_rest, sums, cuts)
+def _specs_of_arrays(axes: Axes, params: PyTree) -> PyTree:
+    leaves, structure = jax.tree.flatten(params)
+    typed = set(axes.names) <= set(axes.explicit) and not axes.inside
+    if not typed and any(isinstance(x, Tracer) for x in leaves):
+        raise ValueError(
+            "accumax.FSDP needs to know how the parameters are "
+            "sharded, which their types do not say under jit with a mesh of "
+            "automatic axes, or in a shard_map. Pass specs=jax.tree.map(lambda "
+            "p: p.sharding.spec, params)."
+        )
+    return structure.unflatten(map(spec_of, leaves))
 
 
 def specs_of(cuts: PyTree, params: PyTree = None) -> PyTree:
@@ -264,24 +320,24 @@ class FSDP:
             raise TypeError(f"once={self.once!r} must be True or False.")
 
 
-Devices: TypeAlias = AxisNames | DataParallel | FSDP
+ReduceAxis: TypeAlias = AxisNames | DataParallel | FSDP
 
 
-def check_devices(
-    reduce_axis: Any, count: int | None = None
-) -> tuple[Axes | None, Gather | None]:
-    """What `reduce_axis` says: the devices, and how parameters are divided over them.
+def check_reduce_axis(reduce_axis: Any, count: int | None = None) -> Devices:
+    """The devices that `reduce_axis` stands for; one device for None.
 
     `count`: of arguments, if specs have one for each, else None for one argument.
 
     Raises:
-      TypeError, ValueError: it is none of `Devices`, or the mesh lacks an axis.
+      TypeError, ValueError: it is not a `ReduceAxis`, or the mesh lacks an axis.
     """
+    if reduce_axis is None:
+        return ONE
     if not isinstance(reduce_axis, FSDP):
-        return check_axes(reduce_axis), None
+        return Replicated(axes_of(reduce_axis))
     axes, specs = axes_of_mesh(reduce_axis.axis, reduce_axis.mesh), reduce_axis.specs
     each = (specs,) if count is None else (None,) * count if specs is None else specs
-    return axes, Gather(axes, reduce_axis.once, each)
+    return Shards(axes, reduce_axis.once, each)
 
 
 def _is_spec(x: Any) -> bool:

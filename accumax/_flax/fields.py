@@ -10,7 +10,7 @@ from flax.core import FrozenDict, freeze
 
 from .. import _tree
 from .._batch.loss import Loss, read_loss
-from .._batch.split import fold_in
+from .._devices.one import fold_in
 from .._types import PyTree
 from .loss import Given, Handing
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from .. import _tree
 from .._batch.arguments import Place, rows_of
 from .._batch.loss import Loss, StatefulLoss
-from .._batch.split import fold_in
-from .._devices.replicated import Axes, is_array
+from .._devices.mesh import is_array
+from .._devices.one import Devices
 from .._types import ArrayLike, PyTree
 from . import statistics as running
 
@@ -89,18 +89,22 @@ class Handing:
         )
 
 
-def _begin(axes: Axes, given: Given, state: Any) -> tuple[Given, Any]:
-    i, (pool, rest) = axes.index(), state
-    rest = jax.tree.map(lambda x: fold_in(x, i) if _is_typed(x) else x, rest)
-    return given._replace(keys=fold_in(given.keys, i)), (pool, rest)
+def _begin(devices: Devices, given: Given, state: Any) -> tuple[Given, Any]:
+    def own(x: Any) -> Any:
+        return devices.own_keys(x) if _is_typed(x) else x
+
+    pool, rest = state
+    given = given._replace(keys=devices.own_keys(given.keys))
+    return given, (pool, jax.tree.map(own, rest))
 
 
-def _end(axes: Axes, first: Any, last: Any, kept: Any) -> Any:
+def _end(devices: Devices, first: Any, last: Any, kept: Any) -> Any:
     def ended(old: jax.Array, new: jax.Array, as_it_was: bool) -> jax.Array:
         # What the loss has left alone is what it was, without asking the others.
-        return old if as_it_was else axes.last(new)
+        return old if as_it_was else devices.last(new)
 
-    return running.over(axes, last[0]), jax.tree.map(ended, first[1], last[1], kept[1])
+    rest = jax.tree.map(ended, first[1], last[1], kept[1])
+    return running.over(devices, last[0]), rest
 
 
 def _is_typed(x: Any) -> bool:

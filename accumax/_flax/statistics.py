@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import _tree
-from .._devices.replicated import Axes
+from .._devices.one import Devices
 from .._types import ArrayLike, PyTree
 from .._window.state import AccumulateState, accepted
 
@@ -97,24 +97,24 @@ def add(pool: Pool, statistics: PyTree, weight: ArrayLike) -> Pool:
     return Pool(pool.found, mean, spreads, total)
 
 
-def over(axes: Axes, pool: Pool) -> Pool:
+def over(devices: Devices, pool: Pool) -> Pool:
     """The pool of the microbatches of all devices, from those of each."""
     some, weight = pool.weight > 0, pool.weight
-    total = axes.sum(weight)
+    total = devices.sum(weight)
     factor = 1 / jnp.where(total > 0, total, 1)
 
     def mean(x: jax.Array) -> jax.Array:
         if not _tree.is_differentiable(x):
-            return axes.last(x)
+            return devices.last(x)
         share = jnp.where(some, weight.astype(x.dtype) * x, 0)
-        return axes.sum(share) * factor.astype(x.dtype)
+        return devices.sum(share) * factor.astype(x.dtype)
 
     means = jax.tree.map(mean, pool.mean)
     olds, news = jax.tree.leaves(pool.mean), jax.tree.leaves(means)
 
     def spread(spread: jax.Array, m: int) -> jax.Array:
         more = weight.astype(spread.dtype) * (olds[m] - news[m]) ** 2
-        return axes.sum(jnp.where(some, spread + more, 0))
+        return devices.sum(jnp.where(some, spread + more, 0))
 
     places = [m for m, _ in pairs(pool.found).values()]
     spreads = [spread(*pair) for pair in zip(pool.spread, places, strict=True)]

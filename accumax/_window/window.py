@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from .. import _tree
-from .._devices.replicated import Axes, stacked, unstacked
+from .._devices.one import Devices
 from .._sums import Accumulator, Sums, check_weight, divides
 from .._types import ArrayLike, PyTree, Schedule
-from .._xla.loops import at_most_once
 from .checks import check_averaged, check_flush, check_length
 from .inner import Inner
 from .state import AccumulateState, Progress, gradient_of, is_state
@@ -27,23 +25,20 @@ class Window:
     inner: Inner
     every: ArrayLike | Schedule
     accumulator: Accumulator
-    axes: Axes | None = None  # over whose devices an open window's sums are
+    devices: Devices  # which of them have the sums of an open window
 
     def init(self, params: PyTree) -> AccumulateState:
         _tree.check_parameters("params", params)
         grads = gradient_of(params)
-        if self.axes is None:
-            sums = self.accumulator.init(grads)
-        else:
-            sums = jax.eval_shape(self.accumulator.init, grads)
-            own = self.axes.zeros(sums.grads, grads)
-            sums = self.accumulator.init({})._replace(grads=own)
+        sums = self.accumulator.init({})
         inner_state = self.inner.init(_tree.differentiable(params))
         return AccumulateState(
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=jnp.zeros((), jnp.int32),
             inner_opt_state=jax.tree.map(_tree.strong, inner_state),
-            acc_grads=sums.grads,
+            acc_grads=self.devices.init(
+                lambda grads: self.accumulator.init(grads).grads, grads
+            ),
             acc_weight=sums.weight,
             acc_args=sums.args,
             emitted=jnp.zeros((), jnp.bool_),
@@ -67,9 +62,8 @@ class Window:
         flush = check_flush(flush)
         sums, progress = self.add(state, updates, weight, flush, extra_args)
         params = self.trained(state, params)
-        grads = like = _tree.trained(updates, sums.grads)
-        if self.axes is not None:  # what `inner` sees is the same on all devices
-            like = jax.tree.map(lambda g: jax.ShapeDtypeStruct(g.shape, g.dtype), grads)
+        grads = _tree.trained(updates, sums.grads)
+        like = self.devices.as_replicated(grads)  # as `inner` sees it
         # The dtypes are those of the big batch: what `inner` gives for such gradients.
         like = self.inner.emits(
             like, state.inner_opt_state, params, extra_args | sums.args
@@ -77,7 +71,7 @@ class Window:
 
         def emit(operand: Any) -> Any:
             sums, inner_state, params = operand
-            sums = sums._replace(grads=self.together(sums.grads)[1])
+            sums = sums._replace(grads=self.devices.total(sums.grads))
             emitted, inner_state = self.run(sums, inner_state, params, extra_args)
             return _tree.cast_like(emitted, like), inner_state
 
@@ -104,24 +98,15 @@ class Window:
         weight = self.weigh(weight)
         before = self.sums(state)
         grads = _tree.trained(grads, before.grads)
-        axes, over = self.axes, {}
-        if axes is not None:
-            if not axes.inside:
-                raise TypeError(
-                    f"accumulate(..., reduce_axis={axes.names}) keeps the sums of the "
-                    "devices apart, and outside of a jax.shard_map over them there is "
-                    "one gradient for all. Call this within one, or use "
-                    "accumax.train_step, or leave reduce_axis away."
-                )
-            axes.check_own("grads", grads)
-            over = {"agree": axes.all, "total": axes.sum}
-        sums, accepted = self.accumulator.add(
+        self.devices.check_inside()
+        self.devices.check_own("grads", grads)
+        sums, accepted = self.add_own(
             before,
-            grads,
+            self.devices.stack(grads),
             weight,
             extra_args,
             first=state.mini_step == 0,
-            **over,
+            total=self.devices.sum,
         )
         return sums, self.progress(state, accepted, flush)
 
@@ -142,11 +127,8 @@ class Window:
         return _tree.trained(params, state.acc_grads)
 
     def sums(self, state: AccumulateState) -> Sums:
-        """The open window's, on one of several devices its own."""
-        grads = state.acc_grads
-        if self.axes is not None and self.axes.inside:
-            grads = unstacked(grads)
-        return Sums(grads, state.acc_weight, state.acc_args)
+        """The open window's, as they are in the state."""
+        return Sums(state.acc_grads, state.acc_weight, state.acc_args)
 
     def add_own(
         self,
@@ -156,44 +138,25 @@ class Window:
         args: dict[str, Any],
         *,
         first: jax.Array,
-        summed: bool,
+        **options: Any,
     ) -> tuple[Sums, jax.Array]:
-        """`Accumulator.add` of the shares of all devices, if `axes` are given."""
-        axes, add = self.axes, self.accumulator.add
-        if axes is None:
-            return add(sums, grads, weight, args, first=first, summed=summed)
-        add = functools.partial(add, summed=summed, agree=axes.all)
-        if axes.inside:
-            return add(sums, grads, weight, args, first=first)
+        """`Accumulator.add` on each device, of its own gradients, as `sums` has them.
 
-        def on_device(
-            sums: Sums, grads: PyTree, weight: Any, args: Any, first: Any
-        ) -> Any:
-            sums = sums._replace(grads=unstacked(sums.grads))
-            sums, ok = add(sums, unstacked(grads), weight, args, first=first)
-            return sums._replace(grads=stacked(sums.grads)), ok
+        `options`: those of `Accumulator.add`.
+        """
+        add = functools.partial(self.accumulator.add, agree=self.devices.all, **options)
 
-        same: Any = PartitionSpec()
-        each = Sums(axes.rows, same, same)
+        def on_device(own: PyTree, grads: PyTree, *same: Any) -> tuple[PyTree, Any]:
+            weight, args, first, weights = same
+            before = weights._replace(grads=own)
+            after, accepted = add(before, grads, weight, args, first=first)
+            return after.grads, (after._replace(grads=()), accepted)
+
         args = {name: args[name] for name in self.accumulator.averaged_args}
-        operands = sums, grads, jnp.asarray(weight), args, first
-        specs = each, axes.rows, same, same, same
-        return axes.map(on_device, operands, specs, (each, same))
-
-    def together(self, grads: PyTree) -> tuple[PyTree, PyTree]:
-        """The sum of all devices: as `grads`, their own, is, and as a gradient is."""
-        axes = self.axes
-        if axes is None:
-            return None, grads
-        if axes.inside:
-            total = axes.sum(grads)
-            return axes.vary(total), total
-
-        def on_device(grads: PyTree) -> PyTree:
-            total = axes.sum(unstacked(grads))
-            return stacked(total), total
-
-        return axes.map(on_device, (grads,), (axes.rows,), (axes.rows, PartitionSpec()))
+        same = jnp.asarray(weight), args, first, sums._replace(grads=())
+        own = sums.grads, grads
+        new, (weights, accepted) = self.devices.on_each(on_device, own, same)
+        return weights._replace(grads=new), accepted
 
     def progress(
         self, state: AccumulateState, accepted: jax.Array, flush: ArrayLike
@@ -255,23 +218,20 @@ class Window:
             grads, state.inner_opt_state, live, extra_args | sums.args
         )
 
-        def apply(carry: Any) -> Any:
-            params, inner_state, own = carry
-            own, grads = self.together(sums.grads if own is None else own)
+        def apply(carry: Any, grads: PyTree) -> Any:
+            params, inner_state = carry
             total = sums._replace(grads=grads)
             updates, inner_state = self.run(total, inner_state, params, extra_args)
             updates = _tree.cast_like(updates, like)
-            return optax.apply_updates(params, updates), inner_state, own
+            return optax.apply_updates(params, updates), inner_state
 
         applies = progress.closes & divides(sums.weight)
-        # Sums that are to be reduced go through the loop, to be reduced in place. Those
-        # that are only read do not: on a GPU they would be copied.
-        own = None if self.axes is None else sums.grads
+        carry = live, state.inner_opt_state
         with jax.named_scope("accumax.boundary"):
-            live, inner_state, own = at_most_once(
-                applies, apply, (live, state.inner_opt_state, own)
+            (live, inner_state), grads = self.devices.boundary(
+                applies, apply, carry, sums.grads
             )
-        sums = sums if own is None else sums._replace(grads=own)
+        sums = sums._replace(grads=grads)
         new_state = self.next(state, sums, inner_state, progress, applies)
         return _tree.restore(live, params), new_state
 
@@ -283,17 +243,15 @@ class Window:
         progress: Progress,
         applies: jax.Array,
     ) -> AccumulateState:
-        step, grads = state.gradient_step, sums.grads
+        step = state.gradient_step
         # A window whose weights are too many to divide by is lost, and counted.
         lost = progress.closes & ~applies & (sums.weight > 0)
         skipped = progress.skipped
-        if self.axes is not None and self.axes.inside:
-            grads = stacked(grads)
         return AccumulateState(
             mini_step=jnp.where(progress.closes, 0, progress.mini_step),
             gradient_step=jnp.where(applies, optax.safe_increment(step), step),
             inner_opt_state=inner_state,
-            acc_grads=grads,  # not reset: the next window overwrites it
+            acc_grads=sums.grads,  # not reset: the next window overwrites it
             acc_weight=jnp.where(progress.closes, 0, sums.weight),
             acc_args=sums.args,
             emitted=applies,
@@ -318,8 +276,8 @@ class Window:
                 f"state is a {type(state).__name__}, not an AccumulateState. {hint}"
             )
         like = state.acc_grads
-        if self.axes is not None and trees:
-            like = self.axes.each("state.acc_grads", like)
+        if trees:
+            like = self.devices.shapes("state.acc_grads", like)
         for name, tree in trees.items():
             tree = gradient_of(tree)
             _tree.check_like(name, tree, like, "state.acc_grads")

@@ -1,0 +1,193 @@
+"""The axes of a mesh, and how a function runs on each device along them."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from .._types import PyTree
+from .._xla.varying import explicit_axes, is_checked
+from .specs import joined, only, spec_of, without
+
+# A mesh axis or several, as users write it.
+AxisNames: TypeAlias = str | Sequence[str]
+MeshLike: TypeAlias = jax.sharding.Mesh | jax.sharding.AbstractMesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The mesh axes of a `reduce_axis`. A *device* is one position along all of them.
+
+    Attributes:
+      names: the axes, the major one first.
+      mesh: the mesh, None for the ambient one.
+    """
+
+    names: tuple[str, ...]
+    mesh: MeshLike | None = None
+
+    @property
+    def inside(self) -> bool:
+        """Whether the traced code runs on one device, in a `jax.shard_map` over them.
+
+        Raises:
+          ValueError: the `shard_map` is over some of them only.
+        """
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        here = [name for name in self.names if name in manual]
+        if here and len(here) < len(self.names):
+            raise ValueError(
+                f"reduce_axis={self.names}, of which this shard_map is over {here} "
+                "only. Let it be over all of them, or over none."
+            )
+        return bool(here)
+
+    @property
+    def count(self) -> int:
+        """The number of devices.
+
+        Raises:
+          ValueError: there is no mesh, or it lacks an axis.
+        """
+        mesh = self.where()
+        return math.prod(mesh.shape[name] for name in self.names)
+
+    @property
+    def rows(self) -> PartitionSpec:
+        """The spec of an array whose first axis is divided over the devices."""
+        return PartitionSpec(self.names)
+
+    @property
+    def explicit(self) -> tuple[str, ...]:
+        """All axes of the mesh that are in the types of arrays."""
+        return explicit_axes(self.where())
+
+    @property
+    def alone(self) -> bool:
+        """Whether the mesh has no other axis along which anything could be divided."""
+        return math.prod(self.where().shape.values()) == self.count
+
+    def where(self) -> MeshLike:
+        """The mesh.
+
+        Raises:
+          ValueError: there is none, or it lacks an axis.
+        """
+        ambient = jax.sharding.get_abstract_mesh()
+        mesh = ambient if self.mesh is None or ambient.manual_axes else self.mesh
+        if mesh.empty:
+            raise ValueError(
+                f"reduce_axis={self.names}, and there is no mesh. Call this under "
+                "jax.set_mesh(mesh), or pass accumax.DataParallel(..., mesh=mesh)."
+            )
+        for name in self.names:
+            if name not in mesh.axis_names:
+                raise ValueError(
+                    f"reduce_axis={self.names}, but the mesh has no axis {name!r}: its "
+                    f"axes are {dict(mesh.shape)}."
+                )
+        return mesh
+
+    def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
+        """`fun(*args)` on each device, in a `jax.shard_map` over these axes alone.
+
+        `specs` and `out` are pytree prefixes of the arguments and of the results. They
+        name these axes only: the mesh's other axes stay as they are. A leaf that is not
+        an array reaches `fun` unchanged.
+        """
+        mesh, nested = self.where(), jax.sharding.get_abstract_mesh().manual_axes
+        specs = jax.tree.broadcast(specs, args, is_leaf=_is_spec)
+        leaves, structure = jax.tree.flatten(args)
+        each = jax.tree.leaves(specs, is_leaf=_is_spec)
+        where = [i for i, x in enumerate(leaves) if is_array(x)]
+
+        def on_device(*arrays: jax.Array) -> Any:
+            here = dict(zip(where, arrays, strict=True))
+            return fun(
+                *structure.unflatten([here.get(i, x) for i, x in enumerate(leaves)])
+            )
+
+        # check_vma=False: a loss needs no change then. Under the check, a scan whose
+        # carry begins with zeros does. A nested shard_map must check if the outer does.
+        mapped = jax.shard_map(
+            on_device,
+            mesh=None if nested else mesh,
+            in_specs=tuple(each[i] for i in where),
+            out_specs=out,
+            axis_names=set(self.names),
+            check_vma=any(map(is_checked, nested)),
+        )
+        arrays = [self._placed(leaves[i], each[i]) for i in where]
+        # Without jit, shard_map takes no mesh of which it leaves an axis as it is.
+        return jax.jit(mapped, inline=True)(*arrays)
+
+    def check_whole(self, name: str, tree: PyTree) -> None:
+        """Checks that no leaf is sharded over these axes, as far as is known now.
+
+        Raises:
+          ValueError: one is.
+        """
+        leaves = () if self.inside else jax.tree_util.tree_leaves_with_path(tree)
+        for path, x in leaves:
+            spec, sizes = spec_of(x), self.where().shape
+            names = tuple(name for name in self.names if sizes[name] > 1)
+            if any(only(spec, names)):
+                raise ValueError(
+                    f"{name}{jax.tree_util.keystr(path)} is sharded by {spec}, over "
+                    f"reduce_axis={self.names}, and a device needs all of it. Pass "
+                    "reduce_axis=accumax.FSDP(...) to accumax.train_step or "
+                    "value_and_grad, and no reduce_axis to accumax.accumulate."
+                )
+
+    def _placed(self, x: Any, spec: PartitionSpec) -> jax.Array:
+        """`x` sharded by `spec`, as a mesh with explicit axes demands it."""
+        x = jnp.asarray(x)
+        if not self.explicit:
+            return x
+        old = jax.typeof(x).sharding.spec
+        old = (*old, *(None,) * (x.ndim - len(old)))
+        new = (*spec, *(None,) * (x.ndim - len(spec)))
+        others = without(PartitionSpec(*old), self.names)
+        new = [joined(*entries) for entries in zip(new, others, strict=True)]
+        if [joined(x) for x in old] == new:
+            return x
+        return jax.sharding.reshard(x, PartitionSpec(*new))
+
+
+def axes_of_mesh(axis: Any, mesh: Any) -> Axes:
+    """The axes of these names.
+
+    Raises:
+      TypeError: `axis` is not a name or a sequence of names, or `mesh` is not a mesh.
+      ValueError: a name occurs twice, or the mesh lacks it.
+    """
+    several = isinstance(axis, (tuple, list))
+    names = tuple(axis) if several else (axis,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"reduce_axis={axis!r} must be the name of a mesh axis, a tuple of them, "
+            "an accumax.DataParallel or an accumax.FSDP."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"reduce_axis={axis!r} names an axis twice.")
+    if mesh is not None and not isinstance(
+        mesh, (jax.sharding.Mesh, jax.sharding.AbstractMesh)
+    ):
+        raise TypeError(f"{mesh=} must be a jax.sharding.Mesh, or None.")
+    axes = Axes(names, mesh)
+    if mesh is not None:
+        axes.where()  # raises if the mesh lacks an axis
+    return axes
+
+
+def is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
