@@ -13,10 +13,12 @@ from ._devices.mesh import AxisNames
 from ._devices.replicated import DataParallel, check_window_axis
 from ._sums import accumulator
 from ._types import DTypeLike, NonFinite, PyTree, Reduction, Schedule
+from ._window import boundary
+from ._window.boundary import is_accumulate, window_of
 from ._window.checks import check_length
 from ._window.inner import inner_of
 from ._window.state import AccumulateState, is_state
-from ._window.window import Window, is_accumulate, window_of
+from ._window.window import Window
 
 
 def accumulate(
@@ -125,7 +127,7 @@ def accumulate(
         ),
         devices=check_window_axis(reduce_axis),
     )
-    return _Accumulate(window.init, window.update)
+    return _Accumulate(window.init, functools.partial(boundary.update, window))
 
 
 class _Accumulate(optax.GradientTransformationExtraArgs):
@@ -223,7 +225,7 @@ def flush(
                 "no gradient. Pass it to the call that does."
             )
     window.check_names(extra_args, strict=True)
-    return window.flush(params, opt_state, extra_args)
+    return boundary.flush(window, params, opt_state, extra_args)
 
 
 def accumulating(

@@ -18,6 +18,7 @@ from ._batch.split import Split, split
 from ._devices.one import Devices
 from ._devices.sharded import ReduceAxis, check_reduce_axis
 from ._types import ArrayLike, PyTree
+from ._window.boundary import close
 from ._window.checks import check_flush
 from ._window.inner import OF_OPTAX
 from ._window.state import AccumulateState, gradient_of
@@ -155,7 +156,7 @@ class Step:
         sums, accepted = add(sums, weight=items, args=extra_args, first=first)
 
         progress = window.progress(opt_state, accepted & out.accepted, flush)
-        params, opt_state = window.close(params, opt_state, sums, progress, extra_args)
+        params, opt_state = close(window, params, opt_state, sums, progress, extra_args)
         return params, opt_state, result, out.state
 
 

@@ -4,6 +4,7 @@ Across calls and within a call differ only in who drives the loop. Both call `ad
 for each microbatch and `result` once for each window, so every fact is written once.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
 
@@ -33,74 +34,52 @@ def _as_it_is(x: Any) -> Any:
     return x
 
 
-class Accumulator(NamedTuple):
-    """The steps of a window, and some of the options that they were made with.
+@dataclasses.dataclass(frozen=True)
+class Accumulator:
+    """The steps of a window; `accumulator` makes and checks it. All fields are static.
 
     Attributes:
-      reduction: the reduction.
+      reduction: see `accumax.accumulate`, as for the others.
+      dtype: the accumulator's; None for that of each gradient.
       nonfinite: the policy.
       averaged_args: the names of the averaged arguments.
-      init: `(params) -> sums`.
-      add: `(sums, grads, weight, args, *, first, ...) -> (sums, accepted)`. `grads`
-        stand for `weight` items, () float, with which `args` are averaged. They are of
-        the kind that the reduction says; with `summed`, static, they are sums under
-        "mean" too. `first`, () bool: a window opens, so the sums are overwritten and
-        never read. `accepted`, () bool: false if the policy or the weight refused the
-        contribution; it was then left out. For several devices: `agree(flags)`, () or
-        (n,) bool, is true where a flag is true on every device, and `total(tree)` is
-        the sum over the devices. Both are the identity on one device.
-      tally: `(sums, weight, args, *, first) -> (sums, accepted)`: `add` for gradients
-        that the backward pass has already added: only the weight can be refused.
-      result: `(sums) -> (grads, args)`: the reduced gradient, in at least float32, and
-        the weighted means of the averaged arguments.
     """
 
     reduction: Reduction
+    dtype: Any
     nonfinite: NonFinite
     averaged_args: tuple[str, ...]
-    init: Callable[[PyTree], Sums]
-    add: Callable[..., tuple[Sums, jax.Array]]
-    tally: Callable[..., tuple[Sums, jax.Array]]
-    result: Callable[[Sums], tuple[PyTree, dict[str, jax.Array]]]
 
+    def init(self, params: PyTree) -> Sums:
+        """Zeros for the gradients of `params`."""
 
-def accumulator(
-    *,
-    reduction: Reduction = "mean",
-    dtype: DTypeLike | None = jnp.float32,
-    nonfinite: NonFinite = "propagate",
-    averaged_args: tuple[str, ...] = (),
-) -> Accumulator:
-    """The steps of a window. All arguments are static; see `accumax.accumulate`."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"{reduction=} must be one of {get_args(Reduction)}.")
-    if nonfinite not in get_args(NonFinite):
-        raise ValueError(f"{nonfinite=} must be one of {get_args(NonFinite)}.")
-    dtype = _check_dtype(dtype)
-    averaged_args = _check_names(averaged_args)
-
-    def init(params: PyTree) -> Sums:
         def zeros(p: Any) -> jax.Array:
             like = jnp.asarray(p)
             # `zeros_like`: the sharding of the parameter too, if its type has one.
-            return jnp.zeros_like(like, dtype=accumulator_dtype(like.dtype, dtype))
+            return jnp.zeros_like(like, dtype=accumulator_dtype(like.dtype, self.dtype))
 
         def scalar() -> jax.Array:  # a new one each time: no buffer is donated twice
             return jnp.zeros((), float)  # float64 under jax_enable_x64
 
         grads = jax.tree.map(zeros, _tree.differentiable(params))
-        return Sums(grads, scalar(), {name: scalar() for name in averaged_args})
+        return Sums(grads, scalar(), {name: scalar() for name in self.averaged_args})
 
     def tally(
+        self,
         sums: Sums,
         weight: jax.Array,
         args: Mapping[str, ArrayLike],
         *,
         first: ArrayLike,
     ) -> tuple[Sums, jax.Array]:
+        """`add` for gradients that the backward pass has already added.
+
+        Only the weight can be refused.
+        """
         return _count(sums, weight, args, first, counts(weight)), usable(weight)
 
     def add(
+        self,
         sums: Sums,
         grads: PyTree,
         weight: jax.Array,
@@ -111,7 +90,25 @@ def accumulator(
         agree: Callable[[jax.Array], jax.Array] = _as_it_is,
         total: Callable[[PyTree], PyTree] = _as_it_is,
     ) -> tuple[Sums, jax.Array]:
-        scale = weight if reduction == "mean" and not summed else 1.0
+        """Adds one microbatch.
+
+        Args:
+          sums: the window so far.
+          grads: the gradients, of the kind that the reduction says.
+          weight: () float, the items that they stand for, and that `args` are averaged
+            with.
+          args: a superset of the averaged arguments.
+          first: () bool, a window opens: `sums` are overwritten and never read.
+          summed: the gradients are sums over items, under "mean" too. Static.
+          agree: from the flags of one device, () or (n,) bool, to those that are true
+            on every device.
+          total: the sum over devices of a tree.
+
+        Returns:
+          `(sums, accepted)`; `accepted`, () bool, is false if the policy or the weight
+          refused the microbatch, which was then left out.
+        """
+        scale = weight if self.reduction == "mean" and not summed else 1.0
 
         def scaled(a: jax.Array, g: ArrayLike) -> jax.Array:
             # In float32: a weight of 1e5 is infinite in float16.
@@ -121,10 +118,10 @@ def accumulator(
 
         grads = jax.tree.map(scaled, sums.grads, grads)
         added = jax.tree.map(jnp.add, sums.grads, grads)
-        if nonfinite == "propagate":
+        if self.nonfinite == "propagate":
             accepted = agree(usable(weight))
         else:
-            averaged = [jnp.asarray(args[name]) for name in averaged_args]
+            averaged = [jnp.asarray(args[name]) for name in self.averaged_args]
 
             def fits(new: PyTree) -> jax.Array:
                 # The sum and not the gradient: one check sees a NaN, an infinite
@@ -150,13 +147,14 @@ def accumulator(
         sums = sums._replace(grads=new)
         return _count(sums, weight, args, first, taken, total), accepted
 
-    def result(sums: Sums) -> tuple[PyTree, dict[str, jax.Array]]:
+    def result(self, sums: Sums) -> tuple[PyTree, dict[str, jax.Array]]:
+        """The reduced gradient, in at least float32, and the averaged arguments."""
         # A window without weight is never applied, but where a conditional becomes a
         # select (under vmap, on some backends) it is computed. A NaN is to be seen.
         total = jnp.where(sums.weight != 0, sums.weight, 1)
         # The reciprocal: a division by `total` that two readers share (Adam's moments)
         # is materialised by XLA, one more copy of the parameters; a product is fused.
-        factor = 1 / total if reduction != "sum" else jnp.ones_like(total)
+        factor = 1 / total if self.reduction != "sum" else jnp.ones_like(total)
         factor = jnp.where(sums.weight > _most(), jnp.nan, factor)
 
         def reduced(a: jax.Array) -> jax.Array:
@@ -166,7 +164,21 @@ def accumulator(
         args = {name: value / total for name, value in sums.args.items()}
         return jax.tree.map(reduced, sums.grads), args
 
-    return Accumulator(reduction, nonfinite, averaged_args, init, add, tally, result)
+
+def accumulator(
+    *,
+    reduction: Reduction = "mean",
+    dtype: DTypeLike | None = jnp.float32,
+    nonfinite: NonFinite = "propagate",
+    averaged_args: tuple[str, ...] = (),
+) -> Accumulator:
+    """The steps of a window. All arguments are static; see `accumax.accumulate`."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"{reduction=} must be one of {get_args(Reduction)}.")
+    if nonfinite not in get_args(NonFinite):
+        raise ValueError(f"{nonfinite=} must be one of {get_args(NonFinite)}.")
+    names = _check_names(averaged_args)
+    return Accumulator(reduction, _check_dtype(dtype), nonfinite, names)
 
 
 def accumulator_dtype(grad_dtype: Any, dtype: Any) -> Any:

@@ -10,9 +10,9 @@ from ._batch.loss import stateless
 from ._devices.sharded import ReduceAxis
 from ._step import Step
 from ._types import ArrayLike, PyTree
+from ._window.boundary import close, window_of
 from ._window.checks import check_flush
 from ._window.state import AccumulateState
-from ._window.window import window_of
 
 
 def apply_gradients(
@@ -70,7 +70,7 @@ def apply_gradients(
     window.check(opt_state, extra_args, params=params, grads=grads)
     flush = check_flush(flush)
     sums, progress = window.add(opt_state, grads, weight, flush, extra_args)
-    return window.close(params, opt_state, sums, progress, extra_args)
+    return close(window, params, opt_state, sums, progress, extra_args)
 
 
 def train_step(

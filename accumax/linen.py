@@ -19,8 +19,8 @@ from ._flax.fields import STATISTICS, Fields, frozen_as
 from ._step import Step
 from ._train_step import apply_gradients
 from ._types import ArrayLike, PyTree, Schedule
+from ._window.boundary import window_of
 from ._window.state import AccumulateState, accepted
-from ._window.window import window_of
 
 
 class TrainState(train_state.TrainState):

@@ -18,8 +18,8 @@ from ._flax.modules import Modules, check_some, momenta_of
 from ._step import Step
 from ._train_step import apply_gradients
 from ._types import ArrayLike, PyTree, Schedule
+from ._window.boundary import window_of
 from ._window.state import AccumulateState, accepted
-from ._window.window import window_of
 
 
 class Optimizer(nnx.Optimizer):

@@ -25,7 +25,7 @@ ARROWS = {
     "_xla": {*LEAST},
     "_devices": {"_xla", *LEAST},
     "_batch": {"_devices", "_xla", "_sums", *LEAST},
-    "_window": {"_devices", "_xla", "_sums", *LEAST},
+    "_window": {"_devices", "_sums", *LEAST},
     "_accumulate": {"_window", "_devices", "_sums", "_types"},
     "_step": {"_batch", "_window", "_devices", *LEAST},
     "_train_step": {"_step", "_batch", "_devices", "_window", "_types"},

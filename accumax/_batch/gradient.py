@@ -78,7 +78,9 @@ class Gradient:
         live = dict(zip(call.argnums, call.live, strict=True))
         args = with_live(call.args, live)
         source = self.loop.losses[0].source
-        divide, by_place, named = self.divide.over(devices, source, args, call.kwargs)
+        divide, by_place, named = self.divide.over(
+            devices, source, call.argnums, args, call.kwargs
+        )
         specs = [devices.arg(n, args[n], spec) for n, spec in enumerate(by_place)]
         same: Any = PartitionSpec()
 

@@ -99,32 +99,8 @@ class Loop:
         if self.weighted and self.mean and len(terms) > 1:
             total = _normalise(terms, parts, devices)
 
-        def alone(carry: Any, part: Part) -> Any:
-            grads, (seen,), state = carry
-            grads, seen, state = terms[0].add(grads, seen, part, state)
-            return grads, [seen], state
-
-        def in_turn(carry: Any, part: Part) -> Any:
-            # XLA merges the graphs of losses that are computed one after another, and
-            # then all are alive at once (three equal ones: 3.0 x the memory of one).
-            # Not those in different loops.
-            def turn(carry: Any, n: ArrayLike) -> tuple[Any, None]:
-                for i, term in enumerate(terms):
-
-                    def add(carry: Any, i: int = i, term: _Term = term) -> Any:
-                        grads, seen, state = carry
-                        grads, new, state = term.add(grads, seen[i], part, state)
-                        return grads, [*seen[:i], new, *seen[i + 1 :]], state
-
-                    carry = at_most_once(jnp.equal(n, i), add, carry)
-                return carry, None
-
-            carry = fitted(lambda carry: turn(carry, 0)[0], carry)
-            return lax.scan(turn, carry, jnp.arange(len(terms)))[0]
-
-        body = alone if len(terms) == 1 else in_turn
         carry = sums, [term.begin() for term in terms], state
-        sums, seen, state = parts.scan(body, carry)
+        sums, seen, state = parts.scan(_body(terms), carry)
 
         def together(devices: Devices) -> Any:
             each = [t.over(devices, s) for t, s in zip(terms, seen, strict=True)]
@@ -287,6 +263,30 @@ class _Term:
             seen.weight if self.loop.weighted else None,
             self.reducer.result(seen.aux, seen.weight),
         )
+
+
+def _body(terms: list[_Term]) -> Callable[[Any, Part], Any]:
+    """The body of the scan: `((grads, seen of each term, state), part)` to the next."""
+
+    def add(carry: Any, part: Part, i: int) -> Any:
+        grads, seen, state = carry
+        grads, new, state = terms[i].add(grads, seen[i], part, state)
+        return grads, [*seen[:i], new, *seen[i + 1 :]], state
+
+    def in_turn(carry: Any, part: Part) -> Any:
+        # XLA merges the graphs of losses that are computed one after another, and then
+        # all are alive at once (three equal ones: 3.0 x the memory of one). It does not
+        # merge those in different loops.
+        def turn(carry: Any, n: ArrayLike) -> tuple[Any, None]:
+            for i in range(len(terms)):
+                this = functools.partial(add, part=part, i=i)
+                carry = at_most_once(jnp.equal(n, i), this, carry)
+            return carry, None
+
+        carry = fitted(lambda carry: turn(carry, 0)[0], carry)
+        return lax.scan(turn, carry, jnp.arange(len(terms)))[0]
+
+    return functools.partial(add, i=0) if len(terms) == 1 else in_turn
 
 
 def _normalise(terms: list[_Term], parts: Parts, devices: Devices) -> jax.Array:

@@ -126,10 +126,11 @@ class Split:
         self,
         devices: Devices,
         fun: Callable[..., Any],
+        argnums: tuple[int, ...],
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple["Split", tuple[PartitionSpec, ...], dict[str, PartitionSpec]]:
-        """Divides the rows of the call `fun(*args, **kwargs)` over the devices first.
+        """Divides the rows of a call over devices first; arguments as for `parts`.
 
         Returns:
           How each device divides its own, and how arguments and keywords are sharded.
@@ -138,7 +139,7 @@ class Split:
           TypeError, ValueError: the call does not fit, or the devices do not divide it.
         """
         call = {**dict(enumerate(args)), **kwargs}
-        batches = find("batch_argnums", self.batch_argnums, fun, args, kwargs)
+        batches, _ = self._places(fun, argnums, args, kwargs)
         rows = check_rows({place: call[place] for place in batches})
         count, size = devices.divides, self.microbatch_size
         over = f"the {count} devices along reduce_axis={devices.names}"

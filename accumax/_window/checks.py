@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 
 from .. import _tree
 from .._types import ArrayLike
+from .state import is_state
 
 
 def check_flush(flush: Any) -> ArrayLike:
@@ -76,4 +78,24 @@ def check_averaged(name: str, extra_args: dict[str, Any]) -> None:
         raise TypeError(
             f'averaged_args has "{name}", which is {_tree.describe(value)}; '
             "expected a real scalar."
+        )
+
+
+def check_state(state: Any, averaged_args: tuple[str, ...]) -> None:
+    """Checks that `state` is that of an `accumulate` with these `averaged_args`."""
+    if not is_state(state):
+        hint = "Pass what init of this accumulate returned, or its last update."
+        if isinstance(state, optax.MultiStepsState):
+            hint = (
+                "docs/coming_from.md has the lines that turn a MultiStepsState "
+                "into an AccumulateState."
+            )
+        raise TypeError(
+            f"state is a {type(state).__name__}, not an AccumulateState. {hint}"
+        )
+    if set(averaged_args) != set(state.acc_args):
+        raise TypeError(
+            f"state.acc_args holds {sorted(state.acc_args)}, but this accumulate "
+            f"has averaged_args={averaged_args}. Pass a state that its init gave, or "
+            "the averaged_args that the state was made with."
         )

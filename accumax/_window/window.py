@@ -7,15 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from .. import _tree
 from .._devices.one import Devices
-from .._sums import Accumulator, Sums, check_weight, divides
+from .._sums import Accumulator, Sums, check_weight
 from .._types import ArrayLike, PyTree, Schedule
-from .checks import check_averaged, check_flush, check_length
+from .checks import check_averaged, check_length, check_state
 from .inner import Inner
-from .state import AccumulateState, Progress, gradient_of, is_state
+from .state import AccumulateState, Progress, gradient_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,47 +43,6 @@ class Window:
             emitted=jnp.zeros((), jnp.bool_),
             skipped=jnp.zeros((), jnp.int32),
         )
-
-    def update(
-        self,
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
-        *,
-        weight: ArrayLike | None = None,
-        flush: ArrayLike = False,
-        **extra_args: Any,
-    ) -> tuple[PyTree, AccumulateState]:
-        self.check_names(extra_args)
-        self.check(state, extra_args, grads=updates)
-        if params is not None:
-            self.check(state, params=params)
-        flush = check_flush(flush)
-        sums, progress = self.add(state, updates, weight, flush, extra_args)
-        params = self.trained(state, params)
-        grads = _tree.trained(updates, sums.grads)
-        like = self.devices.as_replicated(grads)  # as `inner` sees it
-        # The dtypes are those of the big batch: what `inner` gives for such gradients.
-        like = self.inner.emits(
-            like, state.inner_opt_state, params, extra_args | sums.args
-        )
-
-        def emit(operand: Any) -> Any:
-            sums, inner_state, params = operand
-            sums = sums._replace(grads=self.devices.total(sums.grads))
-            emitted, inner_state = self.run(sums, inner_state, params, extra_args)
-            return _tree.cast_like(emitted, like), inner_state
-
-        def hold(operand: Any) -> Any:
-            return _tree.minus_zeros_like(like), operand[1]
-
-        applies = progress.closes & divides(sums.weight)
-        operand = (sums, state.inner_opt_state, params)
-        with jax.named_scope("accumax.boundary"):
-            emitted, inner_state = lax.cond(applies, emit, hold, operand)
-        if jax.tree.structure(emitted) == jax.tree.structure(grads):
-            emitted = _tree.restore(emitted, updates)
-        return emitted, self.next(state, sums, inner_state, progress, applies)
 
     def add(
         self,
@@ -186,55 +144,6 @@ class Window:
         """`Inner.check_names` for a call of this accumulate."""
         self.inner.check_names(extra_args, self.accumulator.averaged_args, strict)
 
-    def flush(
-        self, params: PyTree, state: Any, extra_args: dict[str, Any]
-    ) -> tuple[PyTree, AccumulateState]:
-        self.check(state, params=params)
-        # Between windows the sums are stale, so they have no weight.
-        opened = state.mini_step > 0
-        sums = self.sums(state)
-        sums = sums._replace(weight=jnp.where(opened, sums.weight, 0))
-        progress = Progress(state.mini_step, state.skipped, jnp.bool_(True))
-        return self.close(params, state, sums, progress, extra_args)
-
-    def close(
-        self,
-        params: PyTree,
-        state: AccumulateState,
-        sums: Sums,
-        progress: Progress,
-        extra_args: dict[str, Any],
-    ) -> tuple[PyTree, AccumulateState]:
-        """The boundary in place: touches nothing unless the window closes."""
-        live = jax.tree.map(_tree.strong, self.trained(state, params))
-        grads = jax.tree.map(
-            lambda _, p: jax.ShapeDtypeStruct(p.shape, p.dtype),
-            sums.grads,
-            gradient_of(live),
-        )
-        averaged = self.accumulator.averaged_args
-        self.inner.check_used(grads, state.inner_opt_state, live, extra_args, averaged)
-        like = self.inner.emits(
-            grads, state.inner_opt_state, live, extra_args | sums.args
-        )
-
-        def apply(carry: Any, grads: PyTree) -> Any:
-            params, inner_state = carry
-            total = sums._replace(grads=grads)
-            updates, inner_state = self.run(total, inner_state, params, extra_args)
-            updates = _tree.cast_like(updates, like)
-            return optax.apply_updates(params, updates), inner_state
-
-        applies = progress.closes & divides(sums.weight)
-        carry = live, state.inner_opt_state
-        with jax.named_scope("accumax.boundary"):
-            (live, inner_state), grads = self.devices.boundary(
-                applies, apply, carry, sums.grads
-            )
-        sums = sums._replace(grads=grads)
-        new_state = self.next(state, sums, inner_state, progress, applies)
-        return _tree.restore(live, params), new_state
-
     def next(
         self,
         state: AccumulateState,
@@ -265,46 +174,11 @@ class Window:
 
         `trees` are the parameters or gradients, by the name for an error message.
         """
-        if not is_state(state):
-            hint = "Pass what init of this accumulate returned, or its last update."
-            if isinstance(state, optax.MultiStepsState):
-                hint = (
-                    "docs/coming_from.md has the lines that turn a MultiStepsState "
-                    "into an AccumulateState."
-                )
-            raise TypeError(
-                f"state is a {type(state).__name__}, not an AccumulateState. {hint}"
-            )
-        like = state.acc_grads
-        if trees:
-            like = self.devices.shapes("state.acc_grads", like)
-        for name, tree in trees.items():
-            tree = gradient_of(tree)
-            _tree.check_like(name, tree, like, "state.acc_grads")
         names = self.accumulator.averaged_args
-        if set(names) != set(state.acc_args):
-            raise TypeError(
-                f"state.acc_args holds {sorted(state.acc_args)}, but this accumulate "
-                f"has averaged_args={names}. Pass a state that its init gave, or the "
-                "averaged_args that the state was made with."
-            )
+        check_state(state, names)
+        like = self.devices.shapes("state.acc_grads", state.acc_grads) if trees else ()
+        for name, tree in trees.items():
+            _tree.check_like(name, gradient_of(tree), like, "state.acc_grads")
         if extra_args is not None:
             for name in names:
                 check_averaged(name, extra_args)
-
-
-def window_of(tx: Any, name: str) -> Window:
-    """The window behind an `accumulate`, for the forms that fuse it."""
-    if not is_accumulate(tx):
-        raise TypeError(
-            f"accumax.{name} needs a tx made by accumax.accumulate, and it must be "
-            f"outermost; got a {type(tx).__name__}. Write accumulate(optax.chain(a, "
-            "b), every) for optax.chain(a, accumulate(b, every)), or use tx.update and "
-            "optax.apply_updates."
-        )
-    return tx.update.__self__
-
-
-def is_accumulate(tx: Any) -> bool:
-    window = getattr(getattr(tx, "update", None), "__self__", None)
-    return isinstance(window, Window)

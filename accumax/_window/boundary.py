@@ -1,0 +1,126 @@
+"""The boundary of a window: where the transformation inside runs."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from .. import _tree
+from .._sums import Sums, divides
+from .._types import ArrayLike, PyTree
+from .checks import check_flush
+from .state import AccumulateState, Progress, gradient_of
+from .window import Window
+
+
+def update(
+    window: Window,
+    updates: PyTree,
+    state: Any,
+    params: PyTree | None = None,
+    *,
+    weight: ArrayLike | None = None,
+    flush: ArrayLike = False,
+    **extra_args: Any,
+) -> tuple[PyTree, AccumulateState]:
+    window.check_names(extra_args)
+    window.check(state, extra_args, grads=updates)
+    if params is not None:
+        window.check(state, params=params)
+    flush = check_flush(flush)
+    sums, progress = window.add(state, updates, weight, flush, extra_args)
+    params = window.trained(state, params)
+    grads = _tree.trained(updates, sums.grads)
+    like = window.devices.as_replicated(grads)  # as `inner` sees it
+    # The dtypes are those of the big batch: what `inner` gives for such gradients.
+    like = window.inner.emits(
+        like, state.inner_opt_state, params, extra_args | sums.args
+    )
+
+    def emit(operand: Any) -> Any:
+        sums, inner_state, params = operand
+        sums = sums._replace(grads=window.devices.total(sums.grads))
+        emitted, inner_state = window.run(sums, inner_state, params, extra_args)
+        return _tree.cast_like(emitted, like), inner_state
+
+    def hold(operand: Any) -> Any:
+        return _tree.minus_zeros_like(like), operand[1]
+
+    applies = progress.closes & divides(sums.weight)
+    operand = (sums, state.inner_opt_state, params)
+    with jax.named_scope("accumax.boundary"):
+        emitted, inner_state = lax.cond(applies, emit, hold, operand)
+    if jax.tree.structure(emitted) == jax.tree.structure(grads):
+        emitted = _tree.restore(emitted, updates)
+    return emitted, window.next(state, sums, inner_state, progress, applies)
+
+
+def flush(
+    window: Window, params: PyTree, state: Any, extra_args: dict[str, Any]
+) -> tuple[PyTree, AccumulateState]:
+    window.check(state, params=params)
+    # Between windows the sums are stale, so they have no weight.
+    opened = state.mini_step > 0
+    sums = window.sums(state)
+    sums = sums._replace(weight=jnp.where(opened, sums.weight, 0))
+    progress = Progress(state.mini_step, state.skipped, jnp.bool_(True))
+    return close(window, params, state, sums, progress, extra_args)
+
+
+def close(
+    window: Window,
+    params: PyTree,
+    state: AccumulateState,
+    sums: Sums,
+    progress: Progress,
+    extra_args: dict[str, Any],
+) -> tuple[PyTree, AccumulateState]:
+    """The boundary in place: touches nothing unless the window closes."""
+    live = jax.tree.map(_tree.strong, window.trained(state, params))
+    grads = jax.tree.map(
+        lambda _, p: jax.ShapeDtypeStruct(p.shape, p.dtype),
+        sums.grads,
+        gradient_of(live),
+    )
+    averaged = window.accumulator.averaged_args
+    window.inner.check_used(grads, state.inner_opt_state, live, extra_args, averaged)
+    like = window.inner.emits(
+        grads, state.inner_opt_state, live, extra_args | sums.args
+    )
+
+    def apply(carry: Any, grads: PyTree) -> Any:
+        params, inner_state = carry
+        total = sums._replace(grads=grads)
+        updates, inner_state = window.run(total, inner_state, params, extra_args)
+        updates = _tree.cast_like(updates, like)
+        return optax.apply_updates(params, updates), inner_state
+
+    applies = progress.closes & divides(sums.weight)
+    carry = live, state.inner_opt_state
+    with jax.named_scope("accumax.boundary"):
+        (live, inner_state), grads = window.devices.boundary(
+            applies, apply, carry, sums.grads
+        )
+    sums = sums._replace(grads=grads)
+    new_state = window.next(state, sums, inner_state, progress, applies)
+    return _tree.restore(live, params), new_state
+
+
+def window_of(tx: Any, name: str) -> Window:
+    """The window behind an `accumulate`, for the forms that fuse it."""
+    if not is_accumulate(tx):
+        raise TypeError(
+            f"accumax.{name} needs a tx made by accumax.accumulate, and it must be "
+            f"outermost; got a {type(tx).__name__}. Write accumulate(optax.chain(a, "
+            "b), every) for optax.chain(a, accumulate(b, every)), or use tx.update and "
+            "optax.apply_updates."
+        )
+    return tx.update.args[0]
+
+
+def is_accumulate(tx: Any) -> bool:
+    found = getattr(tx, "update", None)
+    return isinstance(found, functools.partial) and found.func is update
