@@ -40,55 +40,56 @@ def accumulate(
        \frac{\sum_i g_i}{\sum_i w_i}
 
     for the reductions "mean", "sum" and "mean_of_sums". Every other call emits -0.0,
-    which leaves each parameter as it is to the bit, and does not run `inner` (under
-    vmap, and where XLA:GPU flattens the conditional, its arithmetic runs without
-    effect; `accumax.apply_gradients` and `accumax.train_step` avoid that).
+    which leaves each parameter as it is to the bit, and does not run `inner`. (Under
+    vmap, and where XLA:GPU flattens the conditional, the arithmetic of `inner` runs
+    without effect; `accumax.apply_gradients` and `accumax.train_step` avoid that.)
 
-    The sum is kept in `accumulator_dtype` and `inner` sees the mean in at least
-    float32. The updates come out in the dtypes that `inner` gives for such gradients,
-    and its state keeps its dtypes. Leaves without a gradient (None, float0,
-    `optax.MaskedNode`, integers, static leaves) are hidden from `inner` and come out as
-    they went in.
+    The sum is in `accumulator_dtype`, and `inner` sees the mean in at least float32.
+    The updates have the dtypes that `inner` gives for such gradients, and its state
+    keeps its dtypes. `inner` does not see leaves without a gradient (None, float0,
+    `optax.MaskedNode`, integers, static leaves); they come out as they went in.
 
-    `update` takes the keyword arguments `weight=1.0`, how many items (examples, tokens)
-    the gradient stands for, which "mean_of_sums" requires; `flush=False`, a () bool
-    that closes the window with this call; and those of `inner`, which reach it at the
-    boundary. Others go to whoever takes them, as Optax has it; a keyword that is nearly
-    one of these is an error.
+    `update` takes these keyword arguments:
+
+    - `weight=1.0`: the number of items (examples, tokens) that the gradient stands for.
+      "mean_of_sums" requires it.
+    - `flush=False`: () bool, close the window with this call.
+    - those of `inner`, which reach it at the boundary. Other keywords may be for
+      another member of a chain, as in Optax, but a near miss of a name is an error.
 
     Args:
       inner: the transformation to run once per window. Clipping inside, as in
         `accumulate(optax.chain(clip, adam), 8)`, clips the big batch's gradient.
       every: the window's length in calls, static: an integer of at least 1, or a
         schedule from the gradient step, () int32, to the length. If the length shrinks
-        within a window, the next call closes it and divides by what it has seen.
+        within a window, the next call closes it and divides by the weights so far.
       reduction: "mean" if gradients are means over `weight` items, "mean_of_sums" if
         they are sums over them, "sum" to emit the plain sum. Static.
       accumulator_dtype: the dtype of the sum (for complex gradients, of its parts);
         None for each gradient's own. Static. With float64 gradients pass float64 or
         None.
-      nonfinite: what to do with a gradient that is not finite. "propagate": no check,
-        no cost; the window is lost, the next one is clean. "skip": as if the call had
-        not been made; the window waits for one more. "drop": the call counts towards
-        the window with weight 0. Static.
+      nonfinite: what to do with a non-finite gradient. "propagate": no check, no cost;
+        the window is lost, the next one is clean. "skip": as if the call had not
+        happened; the window waits for one more. "drop": the call counts towards the
+        window with weight 0. Static.
       averaged_args: names of extra arguments, () float each, that `inner` gets as their
         weighted mean over the window, such as `("value",)`. Every call must pass them.
-      reduce_axis: a mesh axis, a tuple of several, or an `accumax.DataParallel`, over
-        whose devices the gradients of a window are kept apart until it closes: each
-        adds up its own, and one reduction happens then. `accumax.train_step` does so by
-        itself; `update` and `accumax.apply_gradients` are to be called within a
-        `jax.shard_map` over these axes, with each device's own gradient, weight and
-        averaged arguments. Their parameters are the same on all. Static.
+      reduce_axis: a mesh axis, a tuple of several, or an `accumax.DataParallel`. Each
+        device along it adds up its own gradients, and one reduction happens when the
+        window closes. `accumax.train_step` does all of this. Call `update` and
+        `accumax.apply_gradients` within a `jax.shard_map` over these axes, with the
+        gradient, weight and averaged arguments of each device, and replicated
+        parameters. Static.
 
     Returns:
       A transformation whose state is an `AccumulateState`. A window whose weights sum
-      to 0 applies nothing. A traced weight that is negative or not finite is refused:
-      its call counts towards the window with weight 0, or not at all under "skip".
+      to 0 applies nothing. A call whose traced weight is negative or not finite counts
+      towards the window with weight 0, or not at all under "skip".
 
     Raises:
-      TypeError, ValueError: for the arguments above and, before anything is changed,
-        for gradients, weights and states that do not fit; the message names them. With
-        `reduce_axis`, a gradient that is reduced already does not fit.
+      TypeError, ValueError: an argument is wrong; or gradients, weight or state of a
+        call do not fit, before anything is changed. The message names it. With
+        `reduce_axis`, a gradient that is reduced already is an error.
 
     >>> import accumax, optax
     >>> import jax.numpy as jnp
@@ -104,7 +105,7 @@ def accumulate(
 
     References:
       `optax.MultiSteps` does this with a running mean, weights of 1 and the optimizer
-      in every call; `tests/test_peers.py` names what else differs.
+      in every call; `tests/test_peers.py` names the other differences.
     """
     if isinstance(inner, optax.MultiSteps) or not isinstance(
         inner, optax.GradientTransformation

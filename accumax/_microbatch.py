@@ -31,35 +31,36 @@ def microbatch(
     unroll: int | bool = 1,
     in_place: bool = True,
 ) -> Callable[..., PyTree]:
-    """`fun` of a batch, computed one microbatch at a time: the same outputs.
+    """Computes `fun` of a batch one microbatch at a time, with the same outputs.
 
-    Nothing but arguments and outputs is stored. The backward pass computes each
-    microbatch again and adds its share of the parameters' gradient into one
-    accumulator. So a loss over the outputs of a whole batch, in which every example
-    sees every other (InfoNCE and other contrastive losses), has its exact gradient at
-    the memory of one microbatch, and of all outputs.
+    The forward pass stores only arguments and outputs. The backward pass computes each
+    microbatch again and adds its parameter gradient into one accumulator.
+
+    Use it for a loss in which every example sees every other (InfoNCE and other
+    contrastive losses). The gradient is exact, at the memory of one microbatch and of
+    all outputs.
 
     Args:
-      fun: a function whose outputs are a tree of arrays with a row for each of the
-        batch along the first axis. It must treat each row for itself.
-      microbatch_size: the rows of a microbatch; the last one may have fewer. Static, as
-        are all that follow.
+      fun: a function that returns a tree of arrays, with one row for each row of the
+        batch along the first axis. It must compute each row from that row only.
+      microbatch_size: the rows of a microbatch; the last microbatch may have fewer.
+        Static, as are all arguments below.
       batch_argnums: the arguments that hold the batch; see `accumax.value_and_grad`.
-      rng_argnums: PRNG keys; microbatch i gets `jax.random.fold_in(key, i)`, the same
+      rng_argnums: PRNG keys. Microbatch i gets `jax.random.fold_in(key, i)`, the same
         in both passes.
       accumulator_dtype: the dtype that gradients of parameters are added in; None for
         their own. With float64 parameters pass float64 or None.
       unroll: as for `accumax.value_and_grad`: True for convolutions on a CPU.
-      in_place: False selects the twin that carries a gradient tree.
+      in_place: False carries a gradient tree through the scan instead.
 
     Returns:
-      A function of the arguments of `fun`. It can be differentiated in reverse mode,
-      with respect to all its floating-point arguments, the batch too, and to what `fun`
-      closes over.
+      A function of the arguments of `fun`. It can be differentiated in reverse mode
+      with respect to all floating-point arguments, the batch included, and to arrays
+      that `fun` closes over.
 
     Raises:
-      TypeError, ValueError: for the arguments above at once; at the call if it does not
-        fit them, or if an output does not have the rows of its microbatch.
+      TypeError, ValueError: an argument is wrong, at once; or a call does not fit it,
+        or an output does not have the rows of its microbatch.
 
     >>> import accumax, jax, optax
     >>> import jax.numpy as jnp
@@ -90,7 +91,7 @@ def microbatch(
             return divide.parts(fun, (), *_tree.restore(arrays, call))
 
         def pure(part: Part) -> tuple[Callable[..., PyTree], list[jax.Array]]:
-            """`fun` of arrays, and the arrays that it closes over."""
+            """Returns `fun` of arrays, and the arrays that it closes over."""
 
             def of_arrays(arrays: PyTree) -> PyTree:
                 args, kwargs = _tree.restore(arrays, call)
@@ -107,7 +108,7 @@ def microbatch(
             return _outputs(funs, parts_of(inputs[0]), inputs[1])
 
         def forward(primals: PyTree) -> tuple[PyTree, Any]:
-            # Of what is not differentiated, no gradient is computed.
+            # No gradient is computed for inputs that are not differentiated.
             wanted = jax.tree.map(lambda x: x.value if x.perturbed else None, primals)
             others = jax.tree.map(lambda x: None if x.perturbed else x.value, primals)
             return outputs(_tree.restore(wanted, others)), (wanted, others)
@@ -137,10 +138,10 @@ def microbatch(
 def _convert(
     fun: Callable[[PyTree], PyTree], example: PyTree
 ) -> tuple[Callable[..., PyTree], list[jax.Array]]:
-    """`fun` of `(arrays, *closed)`, and all the arrays that it closes over.
+    """Returns `fun` of `(arrays, *closed)`, and all arrays that it closes over.
 
-    `jax.closure_convert` leaves out integers and keys, which `jax.custom_vjp` must not
-    close over either where it is in a scan, a checkpoint or a vmap.
+    `jax.closure_convert` leaves out integers and keys. `jax.custom_vjp` must not close
+    over these either, within a scan, a checkpoint or a vmap.
     """
     jaxpr, shapes = jax.make_jaxpr(fun, return_shape=True)(example)
     structure = jax.tree.structure(shapes)
@@ -172,9 +173,9 @@ def _gradient(
     accumulated: Accumulator,
     in_place: bool,
 ) -> PyTree:
-    """The gradient of what is `wanted`: the call's arguments, and what is closed over.
+    """Computes the gradient for `wanted`: `(arguments of the call, closed arrays)`.
 
-    All trees have None for what is not wanted; `closed` is the rest of its kind.
+    It is None where `wanted` is None; `closed` has the other closed-over arrays.
     """
     shared = _of_places(wanted[0], parts.places, False), wanted[1]
     rows = _of_places(wanted[0], parts.places, True)
@@ -186,7 +187,7 @@ def _gradient(
         here = _tree.masked(arrays, rows)
 
         def product(live: PyTree) -> tuple[jax.Array, Any]:
-            # The gradient of <cotangent, outputs> is the cotangent's way back.
+            # The gradient of <cotangent, outputs> is the vector-Jacobian product.
             consts = _tree.restore(live[1], closed)[part.tail]
             out = funs[part.tail](_tree.restore(live[0], arrays), *consts)
             terms = jax.tree.map(
@@ -219,7 +220,7 @@ def _gradient(
 
 
 def _concatenated(fun: Callable[[Part], PyTree], parts: Parts) -> Reducer:
-    """For what `fun` gives for each microbatch, with one value a row."""
+    """Makes the `Reducer` that concatenates the outputs of `fun`, one value a row."""
 
     shapes = [jax.eval_shape(lambda part=part: fun(part)) for part in parts.each()]
     return reducer("concat", shapes[0], shapes[-1], parts)
@@ -240,7 +241,7 @@ def _wide_sum(x: jax.Array) -> jax.Array:
 
 
 def _arrays(tree: PyTree) -> PyTree:
-    """The arrays of `tree`, None for what stays static, as Python numbers do."""
+    """Returns the arrays of `tree`, with None for the rest, such as Python numbers."""
 
     def array(x: Any) -> jax.Array | None:
         return jnp.asarray(x) if isinstance(x, (jax.Array, np.ndarray)) else None
@@ -249,7 +250,7 @@ def _arrays(tree: PyTree) -> PyTree:
 
 
 def _of_places(call: PyTree, places: frozenset[Place], inside: bool) -> PyTree:
-    """`call`, that is `(args, kwargs)`, with None for what is not inside `places`."""
+    """Keeps the arguments in `places` if `inside`, else the others; None elsewhere."""
 
     def part(place: Place, tree: PyTree) -> PyTree:
         return tree if (place in places) == inside else jax.tree.map(_none, tree)
@@ -270,5 +271,5 @@ def _is_symbolic(x: Any) -> bool:
 
 
 def _known(ct: Any) -> jax.Array | None:
-    """A cotangent; None for one that is zero, as those of integers are."""
+    """Returns a cotangent, or None if it is zero, as for an integer."""
     return ct if not _is_symbolic(ct) and _tree.is_differentiable(ct) else None

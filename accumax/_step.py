@@ -1,4 +1,4 @@
-"""One call of a train step: its gradient, into the window that is open."""
+"""One call of a train step: computes a gradient and adds it to the window."""
 
 import dataclasses
 import functools
@@ -27,10 +27,10 @@ from ._window.window import Window
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """`train_step` of a loss and a window that are only known at the call.
+    """A `train_step` whose loss and window are passed at each call.
 
-    The options are those of `train_step`. `by_rows`: the loss's state is weighed by the
-    rows that `batch_argnums` names, also without microbatches.
+    The options are those of `train_step`. With `by_rows`, the rows of `batch_argnums`
+    weigh the state of the loss, so they may be named without microbatches too.
     """
 
     weighted: bool
@@ -46,10 +46,10 @@ class Step:
     by_rows: bool = False
 
     def check(self, window: Window) -> Devices:
-        """The devices of a step for `window`.
+        """Checks the options, and returns the devices of a step for `window`.
 
         Raises:
-          TypeError, ValueError: the options do not fit it, or each other.
+          TypeError, ValueError: the options do not fit `window`, or each other.
         """
         devices = window.devices.join(self._devices)
         check_reductions(self.aux)
@@ -116,7 +116,7 @@ class Step:
         flush: ArrayLike = False,
         **extra_args: Any,
     ) -> tuple[PyTree, AccumulateState, Loss, PyTree]:
-        """`(params, opt_state, loss, state)` after a call; the loss is its mean."""
+        """Returns `(params, opt_state, loss, state)`; a weighted loss is a mean."""
         devices = self.check(window)
         window.check(opt_state, params=params)
         flush = check_flush(flush)
@@ -151,7 +151,7 @@ class Step:
             items = window.weigh(weight)
             if weight is not None:
                 items = devices.same("weight", items)
-        elif policy != "propagate":  # all of the call, or nothing
+        elif policy != "propagate":  # refuse the whole call
             items = jnp.where(out.accepted, items, 0)
         sums, accepted = add(sums, weight=items, args=extra_args, first=first)
 
@@ -184,7 +184,7 @@ def _check_keywords(
 def _of_part(
     loss: StatefulLoss, model: PyTree, trained: PyTree
 ) -> tuple[StatefulLoss, PyTree]:
-    """`(loss, model)` of the part of an Equinox module that a state was made from."""
+    """Restricts an Equinox `model`, and its loss, to the leaves in a state."""
     if _leaves(_tree.differentiable(model)) == _leaves(trained):
         return loss, model
 

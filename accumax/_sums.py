@@ -1,7 +1,7 @@
 """The arithmetic of accumulation: weights, reductions and the non-finite policy.
 
-Across calls and within a call differ only in who drives the loop. Both call `add` once
-for each microbatch and `result` once for each window, so every fact is written once.
+Accumulation across calls and accumulation within a call differ only in the loop. Both
+call `add` once for each microbatch and `result` once for each window.
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from ._types import ArrayLike, DTypeLike, NonFinite, PyTree, Reduction
 
 
 class Sums(NamedTuple):
-    """What a window has seen so far.
+    """The running sums of a window.
 
     Attributes:
-      grads: the gradients' sum, the shapes of the parameters, accumulator dtype; None
-        at leaves that have no gradient. Stale (not zero) while no window is open.
+      grads: the gradients' sum, shaped as the parameters, in the accumulator dtype;
+        None at leaves without a gradient. Stale (not zero) while no window is open.
       weight: () float, the sum of the weights; 0 while no window is open.
-      args: for each averaged argument its weighted sum, () float. Stale as `grads` is.
+      args: the weighted sum of each averaged argument, () float. Stale as `grads` is.
     """
 
     grads: PyTree
@@ -36,13 +36,11 @@ def _as_it_is(x: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Accumulator:
-    """The steps of a window; `accumulator` makes and checks it. All fields are static.
+    """The arithmetic of a window; made by `accumulator`. All fields are static.
 
     Attributes:
-      reduction: see `accumax.accumulate`, as for the others.
-      dtype: the accumulator's; None for that of each gradient.
-      nonfinite: the policy.
-      averaged_args: the names of the averaged arguments.
+      reduction, nonfinite, averaged_args: see `accumax.accumulate`.
+      dtype: the dtype of the sum; None for the dtype of each gradient.
     """
 
     reduction: Reduction
@@ -51,14 +49,14 @@ class Accumulator:
     averaged_args: tuple[str, ...]
 
     def init(self, params: PyTree) -> Sums:
-        """Zeros for the gradients of `params`."""
+        """Returns zeros for the gradients of `params`."""
 
         def zeros(p: Any) -> jax.Array:
             like = jnp.asarray(p)
-            # `zeros_like`: the sharding of the parameter too, if its type has one.
+            # `zeros_like` also keeps the sharding, if the type of the parameter has it.
             return jnp.zeros_like(like, dtype=accumulator_dtype(like.dtype, self.dtype))
 
-        def scalar() -> jax.Array:  # a new one each time: no buffer is donated twice
+        def scalar() -> jax.Array:  # a new array each time: no buffer is donated twice
             return jnp.zeros((), float)  # float64 under jax_enable_x64
 
         grads = jax.tree.map(zeros, _tree.differentiable(params))
@@ -72,9 +70,9 @@ class Accumulator:
         *,
         first: ArrayLike,
     ) -> tuple[Sums, jax.Array]:
-        """`add` for gradients that the backward pass has already added.
+        """Counts a microbatch whose gradients the backward pass has already added.
 
-        Only the weight can be refused.
+        Like `add`, but only the weight can be refused.
         """
         return _count(sums, weight, args, first, counts(weight)), usable(weight)
 
@@ -93,20 +91,19 @@ class Accumulator:
         """Adds one microbatch.
 
         Args:
-          sums: the window so far.
-          grads: the gradients, of the kind that the reduction says.
-          weight: () float, the items that they stand for, and that `args` are averaged
-            with.
+          sums: the sums of the window so far.
+          grads: the gradients, means or sums over items, as the reduction says.
+          weight: () float, the number of items; it weighs `args` too.
           args: a superset of the averaged arguments.
-          first: () bool, a window opens: `sums` are overwritten and never read.
+          first: () bool, whether a window opens; `sums` is then overwritten, not read.
           summed: the gradients are sums over items, under "mean" too. Static.
-          agree: from the flags of one device, () or (n,) bool, to those that are true
-            on every device.
-          total: the sum over devices of a tree.
+          agree: `agree(flags)`, () or (n,) bool: true where a flag is true on every
+            device. The identity on one device.
+          total: sums a tree over devices.
 
         Returns:
-          `(sums, accepted)`; `accepted`, () bool, is false if the policy or the weight
-          refused the microbatch, which was then left out.
+          `(sums, accepted)`. `accepted`, () bool, is false if the policy or the weight
+          refused the microbatch; it was then left out.
         """
         scale = weight if self.reduction == "mean" and not summed else 1.0
 
@@ -124,7 +121,7 @@ class Accumulator:
             averaged = [jnp.asarray(args[name]) for name in self.averaged_args]
 
             def fits(new: PyTree) -> jax.Array:
-                # The sum and not the gradient: one check sees a NaN, an infinite
+                # Check the sum and not the gradient: this finds a NaN, an infinite
                 # product and an overflow of the sum.
                 finite = _tree.all_finite((new, averaged))
                 return usable(weight) & ((weight == 0) | finite)
@@ -132,11 +129,12 @@ class Accumulator:
             # In one array, so that several devices communicate once.
             checks = _tree.all_finite(sums), fits(grads), fits(added)
             sound, opens, goes_on = agree(jnp.stack(checks))
-            # A window that another policy has lost is begun anew, or none would end.
+            # Sums that another policy left non-finite would refuse every gradient, and
+            # no window would close under "skip". So the window begins anew.
             first |= ~sound
             sums = sums._replace(weight=jnp.where(first, 0, sums.weight))
             accepted = jnp.where(first, opens, goes_on)
-        # A weight of 0 is not multiplied in: the mean over no items is 0/0.
+        # Weight 0 leaves the gradient out: the mean over no items is 0/0.
         taken = accepted & (weight > 0)
 
         def keep(a: jax.Array, g: jax.Array, sum: jax.Array) -> jax.Array:
@@ -148,12 +146,12 @@ class Accumulator:
         return _count(sums, weight, args, first, taken, total), accepted
 
     def result(self, sums: Sums) -> tuple[PyTree, dict[str, jax.Array]]:
-        """The reduced gradient, in at least float32, and the averaged arguments."""
-        # A window without weight is never applied, but where a conditional becomes a
-        # select (under vmap, on some backends) it is computed. A NaN is to be seen.
+        """Returns the reduced gradient, in at least float32, and averaged arguments."""
+        # A window without weight is never applied, but it is computed if a conditional
+        # becomes a select (under vmap, on some backends). A NaN weight stays a NaN.
         total = jnp.where(sums.weight != 0, sums.weight, 1)
-        # The reciprocal: a division by `total` that two readers share (Adam's moments)
-        # is materialised by XLA, one more copy of the parameters; a product is fused.
+        # The reciprocal: XLA materialises a quotient that has two readers (Adam's
+        # moments), one more copy of the parameters. It fuses a product.
         factor = 1 / total if self.reduction != "sum" else jnp.ones_like(total)
         factor = jnp.where(sums.weight > _most(), jnp.nan, factor)
 
@@ -172,7 +170,7 @@ def accumulator(
     nonfinite: NonFinite = "propagate",
     averaged_args: tuple[str, ...] = (),
 ) -> Accumulator:
-    """The steps of a window. All arguments are static; see `accumax.accumulate`."""
+    """Makes an `Accumulator`. All arguments are static; see `accumax.accumulate`."""
     if reduction not in get_args(Reduction):
         raise ValueError(f"{reduction=} must be one of {get_args(Reduction)}.")
     if nonfinite not in get_args(NonFinite):
@@ -182,7 +180,7 @@ def accumulator(
 
 
 def accumulator_dtype(grad_dtype: Any, dtype: Any) -> Any:
-    """The accumulator's dtype for a gradient's: complex gradients stay complex.
+    """Returns the accumulator dtype of a gradient; a complex gradient stays complex.
 
     Raises:
       ValueError: `dtype` is float64 and JAX has it disabled.
@@ -200,11 +198,11 @@ def accumulator_dtype(grad_dtype: Any, dtype: Any) -> Any:
 
 
 def check_weight(weight: Any, name: str = "weight") -> jax.Array:
-    """`weight` as a () float array. A value that is known now is checked now.
+    """Returns `weight` as a () float array. Checks its value, unless it is traced.
 
     Raises:
-      TypeError: not a real scalar.
-      ValueError: known, and negative, NaN or infinite.
+      TypeError: `weight` is not a real scalar.
+      ValueError: it is negative, NaN, infinite or too small or large to invert.
     """
     dtype = _tree.dtype_of(weight)
     if dtype is None or not (
@@ -223,7 +221,7 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
         )
     known = _tree.concrete(weight)
     if known is not None:
-        # As it will be used: 1e39 is infinite in float32, and 1e-42 is 0.
+        # The value in its later dtype: 1e39 is infinite in float32, and 1e-42 is 0.
         info = jnp.finfo(jax.dtypes.canonicalize_dtype(float))
         if not (known == 0 or float(info.tiny) <= known <= _most()):
             what = f"{name}={weight}" if name.isidentifier() else f"{name} is {weight}"
@@ -236,12 +234,12 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
 
 
 def usable(weight: jax.Array) -> jax.Array:
-    """() bool: whether it is a number of items."""
+    """() bool: whether `weight` is finite and not negative."""
     return (weight >= 0) & jnp.isfinite(weight)  # NaN fails both
 
 
 def divides(total: jax.Array) -> jax.Array:
-    """() bool: whether a sum can be divided by these weights together."""
+    """() bool: whether sums can be divided by `total`, a sum of weights."""
     return (total > 0) & (total <= _most())
 
 
@@ -251,7 +249,7 @@ def _most() -> float:
 
 
 def counts(weight: jax.Array) -> jax.Array:
-    """() bool: whether what stands for `weight` items is to be added."""
+    """() bool: whether a microbatch of this weight adds anything."""
     return usable(weight) & (weight > 0)
 
 

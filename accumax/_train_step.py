@@ -40,8 +40,8 @@ def apply_gradients(
       params: the parameters.
       opt_state: the state of `tx`.
       grads: the gradient of one microbatch, shaped as the parameters.
-      weight: () float, the items (examples, tokens) that `grads` stands for; 1 by
-        default, which "mean_of_sums" has not.
+      weight: () float, the items (examples, tokens) that `grads` stands for. 1 by
+        default; the reduction "mean_of_sums" requires it.
       flush: () bool, close the window with this call.
       **extra_args: what the inner transformation takes, and `averaged_args`.
 
@@ -92,55 +92,48 @@ def train_step(
 
     The floor is the memory of parameters, optimizer state, accumulator and one
     microbatch. For a scanned, rematerialised transformer with float32 parameters that
-    is one to five percent more than the step without accumulation: the accumulator is
-    there instead of the gradient. Layers that are not scanned take 1.2 to 1.3 times as
-    much with Adam and twice as much with SGD, where XLA keeps no gradient without
-    accumulation. Half-precision parameters have a gradient of their dtype first, and a
-    float32 accumulator.
+    is one to five percent more than the step without accumulation: the accumulator
+    replaces the gradient. Layers that are not scanned take 1.2 to 1.3 times as much
+    with Adam and twice as much with SGD, where XLA keeps no gradient without
+    accumulation. For half-precision parameters, one gradient of their dtype exists
+    besides the float32 accumulator.
 
-    The gradient tree exists after all, and is added as `apply_gradients` does it, where
-    something must see it: with nonfinite="skip" or "drop"; in a step that is passed a
-    `weight` (let the loss return it instead: `weighted=True`); without jit; with
-    `in_place=False`. JAX before 0.11 builds it, with a warning, for parameters that it
-    would get wrong in place. In float32 all of these agree to the bit, except for
-    parameters that the loss uses more than once, whose contributions are added one by
-    one.
+    A gradient tree exists, and is added as in `apply_gradients`, where something must
+    see it: with nonfinite="skip" or "drop"; in a step that is passed a `weight` (let
+    the loss return it instead: `weighted=True`); without jit; with `in_place=False`.
+    JAX before 0.11 builds it, with a warning, for parameters whose gradient it would
+    get wrong in place. In float32 all of these agree to the bit, except for parameters
+    that the loss uses more than once: the form in place adds each use by itself.
 
-    The step cannot be differentiated in reverse mode, because of its loops;
-    differentiate through `tx.update`.
+    The step has no derivative in reverse mode, because of its loops; differentiate
+    through `tx.update`.
 
     Args:
       loss_fn: `(params, *args) -> loss`, a real floating-point scalar. For
         `optax.LookaheadParams` it is called with the fast parameters.
       tx: an `accumulate`, outermost.
       has_aux: `loss_fn` returns `(loss, aux)`. Static.
-      weighted: `loss_fn` returns `(loss_sum, weight)`, with aux
-        `((loss_sum, weight), aux)`: the sum of its items' losses and their number, both
-        () float; the number is not differentiated. The update is that of the sum of all
-        sums over the sum of all weights (the reduction "sum" does not divide). A call
-        of weight 0 adds nothing, whatever its gradient is. Static.
-      microbatch_size: divides each call further, into microbatches of so many rows, as
-        `accumax.value_and_grad` does it: the same update, at the memory of one of them.
-        The loss must be a mean over its rows for the reduction "mean", and is taken for
-        a sum over them under the others. Static.
-      microbatches: their number instead, which divides the rows. Static.
-      batch_argnums, rng_argnums, aux, unroll: with microbatches, as for
-        `accumax.value_and_grad`: positions among `loss_fn`'s arguments, of which
-        `params` is number 0. Static.
-      in_place: False selects the twin that carries the gradient tree. Static.
-      reduce_axis: as for `accumax.value_and_grad`, with or without `microbatch_size`,
-        which counts the rows of all devices; by default that of `tx`. If `tx` has one,
-        gradients are reduced once in a window, by the call that closes it; if only the
-        step has one, once in every call. Loss and aux come from all devices, `weight`
-        is that of all. An `accumax.FSDP` is for a `tx` without `reduce_axis`. Static.
+      weighted: as for `accumax.value_and_grad`. The update is that of the sum of all
+        losses over the sum of all weights; the reduction "sum" does not divide. Static.
+      microbatch_size, microbatches, batch_argnums, rng_argnums, aux, unroll: divide
+        each call into microbatches, as for `accumax.value_and_grad`: the same update,
+        at the memory of one microbatch. Positions count `params` as number 0. The loss
+        must be a mean over its rows for the reduction "mean", and a sum over them for
+        the others. Static.
+      in_place: False carries a gradient tree instead. Static.
+      reduce_axis: as for `accumax.value_and_grad`, with or without microbatches; by
+        default that of `tx`. If `tx` has one, gradients are reduced once in a window,
+        by the call that closes it. If only the step has one, they are reduced once in
+        every call. Loss and aux come from all devices, and `weight` counts the items of
+        all. An `accumax.FSDP` is for a `tx` without `reduce_axis`. Static.
 
     Returns:
-      `step(params, opt_state, *args, **extra_args) -> (params, opt_state, loss)`, or
-      `(loss, aux)` in the last place. `loss` is this call's, if weighted its mean,
-      which is 0 for weight 0. `extra_args` are those of `tx.update`: `weight` (not if
-      `weighted`), `flush`, and what the inner transformation takes; `value`, if it
-      takes that, defaults to `loss`. Arguments of `loss_fn` are passed by position. Jit
-      it with `donate_argnums=(0, 1)`.
+      `step(params, opt_state, *args, **extra_args) -> (params, opt_state, loss)`, with
+      `(loss, aux)` in the last place if `has_aux`. `loss` is that of this call; if
+      weighted, its mean, which is 0 for weight 0. `extra_args` are those of
+      `tx.update`: `weight` (not if `weighted`), `flush`, and those of the inner
+      transformation, whose `value` defaults to `loss`. Pass the arguments of `loss_fn`
+      by position. Jit the step with `donate_argnums=(0, 1)`.
 
     Raises:
       TypeError: `tx` is not an `accumulate`; at the first call, `loss_fn` does not

@@ -1,10 +1,10 @@
 """Tree arithmetic that `optax.tree` does not have.
 
-A *differentiable* leaf is an inexact (float or complex) array or Python number. All
-other leaves (integers, PRNG keys, float0 gradients, the functions and strings of an
-Equinox module) ride along: the library works on the differentiable part, in which they
-are None, and puts them back at the end. So do the Python numbers of an Equinox module,
-which `equinox.filter_grad` leaves alone as well.
+A *differentiable* leaf is an inexact (float or complex) array or Python number. The
+library works on the differentiable part of a tree. All other leaves (integers, PRNG
+keys, float0 gradients, the functions and strings of an Equinox module) are None in this
+part, and are put back at the end. So are the Python numbers of an Equinox module, which
+`equinox.filter_grad` does not differentiate either.
 """
 
 import math
@@ -24,8 +24,8 @@ def _is_none(x: Any) -> bool:
 
 def dtype_of(x: Any) -> Any:
     """The dtype of an array, a `ShapeDtypeStruct` or a Python number; else None."""
-    if hasattr(x, "dtype") and hasattr(x, "shape"):  # not a dtype, nor a Flax module
-        # What JAX makes of it: without x64 a NumPy float64 is a float32.
+    if hasattr(x, "dtype") and hasattr(x, "shape"):  # neither a dtype nor a Flax module
+        # The dtype in JAX: without x64, a NumPy float64 becomes a float32.
         extended = jnp.issubdtype(x.dtype, jax.dtypes.extended)  # PRNG keys
         return x.dtype if extended else jax.dtypes.canonicalize_dtype(x.dtype)
     return jnp.result_type(x) if isinstance(x, (bool, int, float, complex)) else None
@@ -45,7 +45,7 @@ def differentiable(tree: PyTree) -> PyTree:
         return x if is_differentiable(x) else None
 
     def in_module(x: Any) -> Any:
-        # Under jit a Python number is an array, but one whose type is weak.
+        # Under jit, a Python number is an array of weak type.
         number = not hasattr(x, "dtype") or getattr(x, "weak_type", False)
         return x if is_differentiable(x) and not number else None
 
@@ -53,13 +53,13 @@ def differentiable(tree: PyTree) -> PyTree:
 
 
 def _is_module(x: Any) -> bool:
-    """Whether it is an Equinox module. There is none if Equinox was not imported."""
+    """Whether `x` is an Equinox module. False if Equinox was not imported."""
     module = getattr(sys.modules.get("equinox"), "Module", None)
     return module is not None and isinstance(x, module)
 
 
 def trained(tree: PyTree, like: PyTree) -> PyTree:
-    """The differentiable part of `tree` that `like`, a state, has leaves for."""
+    """Returns the differentiable leaves of `tree` that `like`, a state, has."""
     return masked(differentiable(tree), like)
 
 
@@ -91,12 +91,12 @@ def strong(x: ArrayLike, dtype: Any = None) -> jax.Array:
 
 def wide(dtype: Any, least: Any = jnp.float32) -> Any:
     """`dtype`, in at least the precision of `least`."""
-    with jax.numpy_dtype_promotion("standard"):  # else "strict" refuses to compare
+    with jax.numpy_dtype_promotion("standard"):  # "strict" would refuse to compare
         return jnp.promote_types(dtype, least)
 
 
 def cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    """`tree`, each leaf in the dtype of its twin in `like` and never weakly typed."""
+    """Returns `tree` in the dtypes of the leaves of `like`, never weakly typed."""
     return jax.tree.map(lambda x, y: strong(x, dtype_of(y)), tree, like)
 
 
@@ -119,7 +119,7 @@ def minus_zero(dtype: Any) -> jax.Array:
 
 
 def concrete(x: Any) -> float | None:
-    """The value of a scalar that is known now, None for one that jit traces."""
+    """Returns the value of a scalar, or None if it is traced."""
     try:
         return float(x)
     except OverflowError:
@@ -135,10 +135,10 @@ def all_finite(tree: PyTree) -> jax.Array:
 
 
 def check_parameters(name: str, tree: PyTree) -> None:
-    """Checks that `tree` may be parameters, whose values are known or traced.
+    """Checks that `tree` is a tree of arrays, known or traced.
 
     Raises:
-      TypeError: it is no tree of arrays, or one of shapes.
+      TypeError: `tree` is not a tree of arrays, or is a tree of shapes.
     """
     if jax.tree_util.all_leaves([tree]) and tree is not None and dtype_of(tree) is None:
         raise TypeError(
@@ -154,13 +154,13 @@ def check_parameters(name: str, tree: PyTree) -> None:
 
 
 def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) -> None:
-    """Checks that the differentiable leaves of `tree` are those of `expected`.
+    """Checks that `tree` and `expected` have the same differentiable leaves.
 
-    Of an Equinox module, `expected` may have less: it was made from a filtered one.
+    `expected` may lack leaves of an Equinox module, if made from a filtered module.
 
     Raises:
       ValueError: a leaf is missing, superfluous or of another shape.
-      TypeError: an integer or other leaf, or a complex one, where a real one belongs.
+      TypeError: a leaf is not floating-point, or is complex where it must be real.
     """
     got = _by_path(tree)
     live = _by_path(differentiable(tree))
@@ -215,10 +215,10 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
 
 
 def check_same(name: str, tree: PyTree, expected: PyTree) -> None:
-    """Checks that `tree` has the leaves of `expected`, of the same shapes.
+    """Checks that `tree` has the structure and the shapes of `expected`.
 
     Raises:
-      ValueError: it has not.
+      ValueError: `tree` differs.
     """
     got, want = (
         (jax.tree.structure(t), [np.shape(x) for x in jax.tree.leaves(t)])

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 
-# A tree of arrays, and a tree that a user owns. JAX has no type for either.
+# A tree of arrays, or a tree of the user. JAX has no type for either.
 PyTree: TypeAlias = Any
 ArrayLike: TypeAlias = jax.typing.ArrayLike
 DTypeLike: TypeAlias = jax.typing.DTypeLike

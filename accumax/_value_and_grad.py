@@ -41,90 +41,88 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, PyTree]]:
     r"""`jax.value_and_grad` of the whole batch, at the memory of one microbatch.
 
-    The batch is divided into microbatches, whose gradients one scan adds up. For losses
-    :math:`\ell_i` that are means over :math:`n_i` rows, and for weighted ones, which
-    return a sum :math:`s_i` and a weight :math:`w_i`, value and gradient are those of
+    The batch is divided into microbatches, and one scan adds up their gradients. A loss
+    returns a mean :math:`\ell_i` over :math:`n_i` rows or, if it is weighted, a sum
+    :math:`s_i` and a weight :math:`w_i`. Value and gradient are those of
 
     .. math:: \frac{\sum_i n_i \ell_i}{\sum_i n_i} \qquad\text{and}\qquad
        \frac{\sum_i s_i}{\sum_i w_i},
 
-    which is what `jax.value_and_grad` gives for the whole batch at once, to rounding.
-    The backward passes add into the accumulator in place, so that no second gradient
-    exists. Microbatch i of k has the rows i, k + i, 2 k + i, ...: so no row leaves its
-    device if the batch is sharded over as many as divide `microbatch_size`. If
-    `microbatch_size` does not divide the batch, the last rows are a smaller microbatch,
-    which is compiled besides.
+    which `jax.value_and_grad` gives for the whole batch at once, to rounding. The
+    backward passes add into the accumulator in place, so no second gradient exists.
 
-    With a batch that is sharded over the devices of a mesh, XLA decides when gradients
-    are reduced, and that may be in every microbatch. With `reduce_axis` each device
-    adds up its own, in a `jax.shard_map`, and they are reduced once at the end: sums of
-    losses, weights and gradients, so that weights may differ by device. The loss then
-    sees a device's rows of a microbatch, and may name the axis itself. Within a
-    `shard_map` of one's own over the same axes it does the same; all rows, and
-    `microbatch_size`, are then the device's.
+    Microbatch i of k has the rows i, k + i, 2 k + i, ... A batch that is sharded over
+    devices then keeps each row on its device, if the number of devices divides
+    `microbatch_size`. If `microbatch_size` does not divide the batch, the last rows are
+    a smaller microbatch, which is compiled separately.
 
-    Jit what calls this, as with every `lax.scan`.
+    Without `reduce_axis`, XLA decides when to reduce the gradients of a sharded batch,
+    and may do it in every microbatch. With `reduce_axis`, each device adds up its own
+    sums of losses, weights and gradients in a `jax.shard_map`, and one reduction at the
+    end adds those of all devices, whose weights may differ. The loss sees the rows that
+    one device has of a microbatch, and may name the axis. You can also call this inside
+    your own `shard_map` over the same axes; `microbatch_size` then counts the rows of
+    one device.
+
+    Call it under `jax.jit`, as every `lax.scan`.
 
     Args:
-      fun: the loss function; a real floating-point scalar, the mean over the rows that
-        it is given. Or a sequence of loss functions of the same arguments: the values
-        (and aux) come as a tuple, the gradient is that of their sum, and only one of
-        them is alive in memory at a time.
+      fun: the loss function. It returns a real floating-point scalar, the mean over its
+        rows. Or a sequence of loss functions of the same arguments: values and aux are
+        then tuples, the gradient is that of the sum of the losses, and only one of them
+        is alive in memory at a time.
       argnums: the positions of the arguments to differentiate, as for
-        `jax.value_and_grad`. Leaves that are not floating-point numbers ride along, and
-        have None for a gradient.
-      has_aux: `fun` returns `(loss, aux)`. Static, as are all that follow.
-      microbatch_size: the rows of a microbatch. The last one may have fewer.
-      microbatches: the number of microbatches, which divides the rows. Exactly one of
-        the two.
-      batch_argnums: the position of the argument that holds the batch, or its name if
-        it is passed by keyword, or a tuple of those. All leaves of such an argument
-        have a row for each of the batch along the first axis. Other arguments go to
-        every microbatch as they are: for `loss_fn(params, x, y)` pass (1, 2).
-      rng_argnums: the same for PRNG keys, typed or raw, or trees of them. Microbatch i
-        gets `jax.random.fold_in(key, i)`, so that no two have the same dropout mask.
+        `jax.value_and_grad`. The gradient is None at leaves that are not floating-point
+        numbers.
+      has_aux: `fun` returns `(loss, aux)`. Static, as are all arguments below.
+      microbatch_size: the rows of a microbatch. The last microbatch may have fewer.
+      microbatches: the number of microbatches instead. It must divide the rows.
+      batch_argnums: the position of the argument that holds the batch, its name if it
+        is passed by keyword, or a tuple of these: (1, 2) for `loss_fn(params, x, y)`.
+        The first axis of each leaf has the rows. Every microbatch gets the other
+        arguments unchanged.
+      rng_argnums: the same for arguments that are PRNG keys, typed or raw, or trees of
+        keys. Microbatch i gets `jax.random.fold_in(key, i)`, so dropout masks differ.
       weighted: `fun` returns `(loss_sum, weight)`, with aux `((loss_sum, weight),
-        aux)`: the sum of its items' losses and their number, both () float. A
-        microbatch of weight 0 adds nothing, whatever its gradient is; if all are of
-        weight 0, value and gradient are 0, and with one that is negative or not finite
-        they are NaN. The weight is not differentiated. Of several losses each is
-        divided by its own weight, for which a scan computes the weights first.
-      reduction: "mean"; or "sum" for losses that are sums over their rows: nothing is
-        divided, also not by the weights.
-      aux: how to reduce the aux: a tree of "mean" (weighted as the loss is), "sum",
-        "last" (the last microbatch's), "stack" (along a new first axis) and "concat"
-        (one value a row, along the first axis and in the order of the batch) that is a
-        prefix of it. Integers take all but "mean". Or an object of your own with
-        `init(like)`, `update(carry, x, i)` and `finalize(carry)`, as
-        `optax.microbatching.Accumulator` is one, on one device. For several losses one
-        for all, or a tuple with one for each.
+        aux)`: the sum of the losses of its items, and their number, both () float. The
+        weight is not differentiated. A microbatch of weight 0 adds nothing, also if its
+        gradient is NaN. If all weights are 0, so are value and gradient. If a weight is
+        negative or not finite, both are NaN. Each of several losses is divided by its
+        own weight; an extra scan computes the weights first.
+      reduction: "mean", or "sum" for a loss that is a sum over its rows; then nothing
+        is divided, not by the weights either.
+      aux: how to reduce the aux over microbatches: "mean" (weighted as the loss),
+        "sum", "last" (the last microbatch's), "stack" (along a new first axis) or
+        "concat" (one value a row, in the order of the batch). Integers take all but
+        "mean". A pytree prefix of the aux gives each leaf its own reduction. On one
+        device, a reduction may be an object with `init(like)`, `update(carry, x, i)`
+        and `finalize(carry)`, such as an `optax.microbatching.Accumulator`. For several
+        losses: one for all, or a tuple with one for each.
       accumulator_dtype: the dtype that gradients are added in; None for their own. With
         float64 parameters pass float64 or None.
-      unroll: as for `lax.scan`. True leaves no loop in the program, and still one
-        microbatch at a time in memory: choose it for convolutions on a CPU, whose
-        gradient XLA computes up to a hundred times slower within a loop (JAX issue
+      unroll: as for `lax.scan`. True leaves no loop in the program and still keeps one
+        microbatch at a time in memory. Choose it for convolutions on a CPU: XLA
+        computes their gradient up to a hundred times slower within a loop (JAX issue
         12868). With `weighted`, add `in_place=False`, which has no loop either.
-      in_place: False selects the twin that carries a gradient tree through the scan. In
-        float32 both agree to the bit, except for parameters that the loss uses more
-        than once, whose contributions are added one by one.
-      reduce_axis: the mesh axis over which rows are divided and gradients reduced once,
-        a tuple of several, an `accumax.DataParallel`, or an `accumax.FSDP` for
-        parameters (what is differentiated) that are sharded over it. Its devices divide
-        the rows and `microbatch_size`, which counts those of all. Keys are folded with
-        the device's index. Of the aux, "last" is the last device's and "stack" has the
-        microbatches of one device after those of another.
+      in_place: False carries a gradient tree through the scan instead. In float32 both
+        forms agree to the bit, except for parameters that the loss uses more than once:
+        the form in place adds each use by itself.
+      reduce_axis: the mesh axis over which rows are divided and gradients are reduced:
+        a name, a tuple of names, an `accumax.DataParallel`, or an `accumax.FSDP` for
+        parameters that are sharded over it. `microbatch_size` counts the rows of all
+        devices. Each device folds its index into its keys. Of the aux, "last" is the
+        last device's, and "stack" has the microbatches device after device.
 
     Returns:
       A function of the arguments of `fun` that returns `(value, gradient)`, with aux
-      `((value, aux), gradient)`, all of the dtypes that `jax.value_and_grad` gives. To
-      differentiate it again, pass `in_place=False`; several losses have no derivative
-      in reverse mode, because of their loops.
+      `((value, aux), gradient)`, in the dtypes of `jax.value_and_grad`. To
+      differentiate the function again, pass `in_place=False`. With several losses it
+      has no derivative in reverse mode, because of its loops.
 
     Raises:
-      TypeError, ValueError: for the arguments above at once; at the call, before
-        anything is computed, if it does not fit them. The message names the argument.
-        Within a `shard_map` that checks types (check_vma), a loss that is reduced
-        already is one of these.
+      TypeError, ValueError: an argument is wrong, at once; or a call does not fit it,
+        before anything is computed. The message names the argument. Within a
+        `shard_map` with check_vma, a loss that is reduced already is an error.
 
     >>> import accumax, jax
     >>> import jax.numpy as jnp
@@ -138,10 +136,9 @@ def value_and_grad(
     1.0 [-21. -23. -25.]
 
     References:
-      `optax.microbatching` divides a batch as well; `tests/test_peers.py` names what
-      differs. Several losses: a scan over a switch of them is the only form that XLA
-      does not merge; here the branches are loops, which also pass their buffers on in
-      place.
+      `optax.microbatching` divides a batch as well; `tests/test_peers.py` names the
+      differences. Several losses run in a scan over at-most-once loops, because XLA
+      merges the graphs of losses that are computed one after another.
     """
     several = isinstance(fun, Sequence)
     funs = tuple(fun) if several else (fun,)

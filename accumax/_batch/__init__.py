@@ -1,1 +1,1 @@
-"""Which rows go together, and what a loss returns."""
+"""Microbatches of a call: the rows, the losses, the aux and the gradients."""

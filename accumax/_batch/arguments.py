@@ -1,4 +1,4 @@
-"""Which arguments of a call are rows, keys and differentiated, and whether they fit."""
+"""Find and check the arguments of a call: rows, PRNG keys, differentiated ones."""
 
 import inspect
 import operator
@@ -13,13 +13,13 @@ import numpy as np
 from .. import _tree
 from .._types import PyTree
 
-# Where a call has an argument: a position, or a keyword. As users write it.
+# How users name an argument of a call: by its position or its keyword.
 Place: TypeAlias = int | str
 Places: TypeAlias = Place | Sequence[Place]
 
 
 def check_positive(name: str, value: Any) -> int:
-    """`value`, a static integer of at least 1."""
+    """Returns `value` as an int; it must be static and at least 1."""
     try:
         if isinstance(value, (bool, np.bool_)):
             raise TypeError
@@ -46,7 +46,7 @@ def check_argnums(argnums: Any) -> tuple[int, ...]:
 
 
 def at(argnums: tuple[int, ...], args: tuple) -> tuple[int, ...]:
-    """`argnums`, of which some may be negative, as positions in `args`."""
+    """Returns `argnums` as positions in `args`, without negative numbers."""
     positions = tuple(n + len(args) if n < 0 else n for n in argnums)
     for n, position in zip(argnums, positions, strict=True):
         if not 0 <= position < len(args):
@@ -78,7 +78,7 @@ def check_places(name: str, value: Any) -> tuple[Place, ...]:
 
 
 def check_names(**lists: Any) -> list[tuple[str, ...]]:
-    """Each list of fields' names, as a tuple. None is in two."""
+    """Returns each list of field names as a tuple; no name may occur twice."""
     checked = []
     for option, names in lists.items():
         names = (names,) if isinstance(names, str) else tuple(names)
@@ -94,10 +94,10 @@ def check_names(**lists: Any) -> list[tuple[str, ...]]:
 
 
 def parameters(fun: Callable[..., Any]) -> tuple[list[str], bool]:
-    """The names by which `fun` takes arguments, in order, and whether it has a `**`."""
+    """Returns the argument names of `fun`, in order, and whether it has a `**`."""
     try:
         found = inspect.signature(fun).parameters.values()
-    except (TypeError, ValueError):  # some callables have none
+    except (TypeError, ValueError):  # some callables have no signature
         return [], False
     any_name = inspect.Parameter.VAR_KEYWORD
     variadic = inspect.Parameter.VAR_POSITIONAL, any_name
@@ -106,7 +106,7 @@ def parameters(fun: Callable[..., Any]) -> tuple[list[str], bool]:
 
 
 def check_rows(batches: dict[Place, PyTree]) -> int:
-    """The length that the first axis of all leaves has."""
+    """Returns the number of rows, the length of the first axis of all leaves."""
     lengths = {}
     for place, batch in batches.items():
         for path, x in jax.tree_util.tree_leaves_with_path(batch):
@@ -147,10 +147,10 @@ def rows_of(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> int:
-    """The rows of the batch in a call; `listed` is its batch_argnums.
+    """Returns the number of rows in a call; `listed` is its batch_argnums.
 
     Raises:
-      TypeError, ValueError: these do not fit the call.
+      TypeError, ValueError: `listed` does not fit the call.
     """
     call = {**dict(enumerate(args)), **kwargs}
     found = find("batch_argnums", listed, fun, args, kwargs)
@@ -164,10 +164,10 @@ def _is_key(x: Any) -> bool:
 
 
 def check_no_key(place: Place, tree: PyTree) -> None:
-    """Checks that `tree`, the same for all microbatches, holds no PRNG key.
+    """Checks that `tree`, which all microbatches share, holds no PRNG key.
 
     Raises:
-      ValueError: it holds a typed one. A raw one may be data: it is warned of.
+      ValueError: it holds a typed key. A raw key may be data and gives a warning.
     """
     remedy = (
         "every microbatch would have the same random numbers. Pass the key in an "
@@ -194,12 +194,12 @@ def check_shared(
     argnums: tuple[int, ...],
     batch_argnums: tuple[Place, ...],
 ) -> None:
-    """Checks what goes whole to every microbatch: no key, and not rows by mistake.
+    """Checks the arguments that every microbatch gets whole.
 
-    It warns of an argument with as many rows as the batch that is not differentiated.
+    Warns if an argument has as many rows as the batch and is not differentiated.
 
     Raises:
-      ValueError: it holds a key, of which all microbatches would draw the same numbers.
+      ValueError: an argument holds a key: all microbatches would draw the same numbers.
     """
     for place, tree in shared.items():
         check_no_key(place, tree)
@@ -234,10 +234,10 @@ def find(
     args: tuple,
     kwargs: dict[str, Any],
 ) -> set[Place]:
-    """Where the call `fun(*args, **kwargs)` has the arguments that are listed.
+    """Returns where `fun(*args, **kwargs)` has the arguments in `listed`.
 
     Raises:
-      ValueError: it does not have one. `name`: of the option that lists them.
+      ValueError: the call lacks such an argument; the message names the option `name`.
     """
     names, _ = parameters(fun)
     found = set()

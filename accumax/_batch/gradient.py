@@ -19,11 +19,11 @@ from .split import Split
 
 
 class Begun(NamedTuple):
-    """Sums to add a gradient to, in place.
+    """Gradient sums of a window, to which a call adds in place.
 
     Attributes:
-      sums: a tree for each argument that is differentiated.
-      first: () bool, a window opens: what they hold is not to be read.
+      sums: a tree for each differentiated argument.
+      first: () bool, whether a window opens; `sums` is then stale and not read.
     """
 
     sums: tuple[PyTree, ...]
@@ -31,9 +31,9 @@ class Begun(NamedTuple):
 
 
 def at_once(loss: StatefulLoss, call: Call, begun: Begun | None = None) -> Outcome:
-    """The gradient of a call that is not divided, for its one argument.
+    """Computes the gradient of a call without microbatches, for its one argument.
 
-    Without sums that have begun it is a tree of its own, of the parameters' dtypes.
+    Without `begun`, the gradient is a new tree in the dtypes of the parameters.
     """
     (n,), (live,) = call.argnums, call.live
 
@@ -48,21 +48,21 @@ def at_once(loss: StatefulLoss, call: Call, begun: Begun | None = None) -> Outco
         grads = vjp(jnp.ones_like(value))[0]
     else:
         (out, state), grads = add_backward(fun, live, begun.sums[0], begun.first)
-    # Its weight is for the window to refuse.
+    # `accepted` is true: the window checks the weight.
     return Outcome([out], (grads,), jnp.ones(()), jnp.bool_(True), state)
 
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """How the gradient of a call is computed that is divided into microbatches.
+    """Computes the gradient of a call, one microbatch at a time.
 
     Attributes:
-      loop: the losses, and how each microbatch is added.
-      divide: which rows go together.
+      loop: the losses, and how to add up their microbatches.
+      divide: how to divide the rows into microbatches.
       accumulated: the accumulator.
-      devices: which of them hold the rows, the parameters and the sums.
-      whole: the call stands for one mean, so that the weights of its rows sum to 1.
-        Else a microbatch weighs 1, or less, and the caller divides by `Outcome.weight`.
+      devices: where the rows, the parameters and the sums are.
+      whole: for a mean over rows. If true, the weights of all microbatches sum to 1.
+        If false, each is at most 1, and the caller divides by `Outcome.weight`.
     """
 
     loop: Loop
@@ -72,9 +72,9 @@ class Gradient:
     whole: bool = False
 
     def __call__(self, call: Call, begun: Begun | None = None) -> Outcome:
-        """The gradient of `call`, added to the sums that have begun, if any."""
+        """Computes the gradient of `call`, added to the sums in `begun`, if any."""
         devices = self.devices.at(call.args, call.argnums)
-        # Numbers as arrays, which have a type that says where they are.
+        # Python numbers become arrays, whose types say how they are sharded.
         live = dict(zip(call.argnums, call.live, strict=True))
         args = with_live(call.args, live)
         source = self.loop.losses[0].source
@@ -106,7 +106,7 @@ class Gradient:
     def _run(
         self, devices: Devices, divide: Split, call: Call, begun: Begun | None
     ) -> Outcome:
-        """On a device."""
+        """Runs on a device: scans over its microbatches."""
         loop, source = self.loop, self.loop.losses[0].source
         parts = divide.parts(source, call.argnums, call.args, call.kwargs, devices)
         unweighted = loop.mean and not loop.weighted

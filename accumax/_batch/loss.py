@@ -1,4 +1,4 @@
-"""Losses: what one returns, checked and in one form, and those with a state."""
+"""Loss functions in one form: with a checked return value and a state."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -14,12 +14,12 @@ from .._types import PyTree
 
 
 class Loss(NamedTuple):
-    """What a loss function returned.
+    """The return value of a loss function.
 
     Attributes:
-      value: () float, what is differentiated: the loss, or the sum if it is weighted.
-      weight: () float, the items it stands for; None if the loss is not weighted.
-      aux: whatever came with it, None if nothing did.
+      value: () float, differentiated: the loss, or the sum of losses if it is weighted.
+      weight: () float, the number of items; None if the loss is not weighted.
+      aux: the auxiliary output; None if there is none.
     """
 
     value: jax.Array
@@ -27,13 +27,13 @@ class Loss(NamedTuple):
     aux: Any
 
     def mean(self) -> jax.Array:
-        """The loss as users read it: () float, 0 if its weight is 0."""
+        """Returns the mean loss that users see: () float, 0 if the weight is 0."""
         if self.weight is None:
             return self.value
-        # In at least float32: 70000 items are infinitely many in float16.
+        # In at least float32: a weight of 70000 is infinite in float16.
         dtype = _tree.wide(self.value.dtype)
         weight = self.weight.astype(dtype)
-        counts = weight != 0  # and not "> 0": a NaN is to be seen
+        counts = weight != 0  # not "> 0": a NaN weight gives a NaN mean
         mean = self.value.astype(dtype) / jnp.where(counts, weight, 1)
         return jnp.where(counts, mean, 0).astype(self.value.dtype)
 
@@ -50,18 +50,18 @@ def _as_ended(devices: Devices, first: PyTree, last: PyTree, kept: PyTree) -> Py
 
 @dataclasses.dataclass(frozen=True)
 class StatefulLoss:
-    """A loss in the one form that all below the doors takes: it carries a state.
+    """A loss that carries a state; every loss is brought into this form.
 
     Attributes:
       run: `(given, state, args, kwargs) -> (Loss, state)`. `args` and `kwargs` are
-        those of the user's function. `given` is the same for all microbatches, and the
-        state is what the microbatch before returned; both are () if nothing is needed.
+        those of the user's function. `given` is the same for all microbatches. `state`
+        comes from the microbatch before. Both are () if the loss does not need them.
       source: the user's function, for its signature and its name.
-      begin: `(devices, given, state) -> (given, state)`: what a device begins its
-        microbatches with.
-      end: `(devices, first, last, kept) -> state`: the state of several devices
-        together, from the one before a device's first microbatch and the one after its
-        last. `kept` says for each leaf whether the loss always returns it as it was.
+      begin: `(devices, given, state) -> (given, state)`: the values for the first
+        microbatch of a device.
+      end: `(devices, first, last, kept) -> state`: combines the states of all devices.
+        `first` is a device's state before its first microbatch, `last` after its last.
+        `kept` says for each leaf whether the loss always returns it unchanged.
     """
 
     run: Callable[[PyTree, PyTree, tuple, dict[str, Any]], tuple[Loss, PyTree]]
@@ -73,7 +73,7 @@ class StatefulLoss:
 def stateless(
     fun: Callable[..., Any], *, has_aux: bool, weighted: bool
 ) -> StatefulLoss:
-    """A loss as users write it, whose state is ()."""
+    """Makes a `StatefulLoss` of a user's function; its state is ()."""
 
     def run(
         given: PyTree, state: PyTree, args: tuple, kwargs: dict[str, Any]
@@ -86,10 +86,10 @@ def stateless(
 
 
 def read_loss(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
-    """`out`, what a loss function gave for these options, as a `Loss`.
+    """Reads `out`, the return value of a loss function, as a `Loss`.
 
     Raises:
-      TypeError: `out` is not of the form that the options say.
+      TypeError: `out` does not have the form that the options require.
     """
     form = "(loss_sum, weight)" if weighted else "loss"
     aux = None
@@ -131,7 +131,7 @@ class Call:
 
     Attributes:
       args, kwargs: the arguments of the user's function.
-      argnums: the positions that are differentiated, static.
+      argnums: the positions of the differentiated arguments, static.
       given, state: see `StatefulLoss`.
     """
 
@@ -143,7 +143,7 @@ class Call:
 
     @property
     def live(self) -> tuple[PyTree, ...]:
-        """What is differentiated, for each of `argnums`."""
+        """The differentiated part of each argument in `argnums`."""
         return tuple(live_part(self.args[n]) for n in self.argnums)
 
     @property
@@ -152,12 +152,12 @@ class Call:
 
 
 def with_live(args: tuple, live: Mapping[int, PyTree]) -> tuple:
-    """`args` with what is differentiated at these positions put in."""
+    """Returns `args` with `live[n]` as the differentiated part of argument n."""
     return tuple(
         _tree.restore(live[n], x) if n in live else x for n, x in enumerate(args)
     )
 
 
 def live_part(tree: PyTree) -> PyTree:
-    """What a derivative with respect to `tree` is taken of."""
+    """Returns the differentiable part of `tree`, as arrays without weak types."""
     return jax.tree.map(_tree.strong, _tree.differentiable(tree))

@@ -1,4 +1,4 @@
-"""What comes with a loss, from all microbatches: their mean, sum, last, or all."""
+"""Reductions of aux over microbatches: mean, sum, last, stack and concat."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,20 +16,20 @@ from .split import Part, Parts
 
 
 class AuxReduction(NamedTuple):
-    """How a leaf of what comes with a loss is reduced over microbatches.
+    """How to reduce one leaf of the aux over microbatches.
 
-    `like` is the leaf of one microbatch, a `ShapeDtypeStruct`; `parts` the microbatches
-    of the call; a carry any tree of arrays.
+    `like` is the leaf of one microbatch, a `ShapeDtypeStruct`. `parts` are the
+    microbatches of the call. A carry is any tree of arrays.
 
     Attributes:
       init: `(like, parts) -> carry`.
-      add: `(carry, x, part, weight) -> carry`, for a microbatch that stands for
-        `weight` items, () float.
-      over: `(carry, devices) -> carry`, what all devices have together.
-      result: `(carry, like, parts, weight) -> array`; `weight` is that of all.
-      check: `(where, like, tail, parts)`; it raises if the leaf, or that of the last,
-        smaller microbatch, cannot be reduced so.
-      by_device: whether each device keeps its own result, along the first axis.
+      add: `(carry, x, part, weight) -> carry` adds the leaf `x` of one microbatch,
+        which weighs `weight`, () float.
+      over: `(carry, devices) -> carry` combines the carries of all devices.
+      result: `(carry, like, parts, weight) -> array`; `weight` is the sum of all.
+      check: `(where, like, tail, parts)` raises if the leaf, or its shape in the tail,
+        cannot be reduced in this way.
+      by_device: whether the result is sharded over devices along the first axis.
     """
 
     init: Callable[[jax.ShapeDtypeStruct, Parts], Any]
@@ -42,7 +42,7 @@ class AuxReduction(NamedTuple):
 
 def _mean() -> AuxReduction:
     def add(carry: Any, x: Any, part: Part, weight: jax.Array) -> Any:
-        # A weight of 0 is not multiplied in: a mean over no items is 0/0.
+        # Weight 0 adds 0, without a product: the mean over no items is 0/0.
         product = weight.astype(carry.dtype) * jnp.asarray(x, carry.dtype)
         return carry + jnp.where(weight != 0, product, 0)
 
@@ -132,7 +132,7 @@ def _concat() -> AuxReduction:
 
     def result(carry: Any, like: Any, parts: Parts, weight: jax.Array) -> jax.Array:
         whole, rest = carry
-        whole = whole.reshape(-1, *whole.shape[2:])  # in the order of the caller
+        whole = whole.reshape(-1, *whole.shape[2:])  # in the order of the batch
         return jnp.concatenate([whole, rest]) if parts.tail else whole
 
     def check(where: str, like: Any, tail: Any, parts: Parts) -> None:
@@ -155,7 +155,7 @@ def _concat() -> AuxReduction:
 
 
 def _of_user(how: Any) -> AuxReduction:
-    """A reduction of the user's own, as an `optax.microbatching.Accumulator` is one."""
+    """Wraps a user's reduction, such as an `optax.microbatching.Accumulator`."""
 
     def over(carry: Any, devices: Devices) -> Any:
         raise ValueError(
@@ -190,18 +190,18 @@ def _reduction(how: Any) -> AuxReduction:
 
 
 class Leaf(NamedTuple):
-    """A leaf of what comes from a microbatch: how to reduce it, its shape and dtype."""
+    """A leaf of a microbatch's output: how to reduce it, and its shape and dtype."""
 
     how: AuxReduction
     like: jax.ShapeDtypeStruct
 
 
 class Reducer(NamedTuple):
-    """The steps of a reduction over the microbatches of a call.
+    """Reduces a tree of outputs over the microbatches of a call.
 
     Attributes:
       parts: the microbatches.
-      structure: of the tree that comes from each.
+      structure: the structure of the tree.
       leaves: its leaves.
     """
 
@@ -215,18 +215,18 @@ class Reducer(NamedTuple):
     def add(
         self, sums: list[Any], tree: PyTree, part: Part, weight: ArrayLike
     ) -> list[Any]:
-        """Takes in what a microbatch gave, which stands for `weight` items."""
+        """Adds `tree`, the output of a microbatch that weighs `weight`."""
         weight = jnp.asarray(weight, float)
         each = zip(self.leaves, sums, jax.tree.leaves(tree), strict=True)
         return [leaf.how.add(a, x, part, weight) for leaf, a, x in each]
 
     def over(self, devices: Devices, sums: list[Any]) -> list[Any]:
-        """What all devices have together. Rows and microbatches stay where they are."""
+        """Combines the sums of all devices, except for "stack" and "concat"."""
         pairs = zip(self.leaves, sums, strict=True)
         return [leaf.how.over(a, devices) for leaf, a in pairs]
 
     def result(self, sums: list[Any], weight: ArrayLike) -> PyTree:
-        """The reduced tree; `weight` is that of all microbatches together."""
+        """Returns the reduced tree; `weight` is the sum over all microbatches."""
         weight = jnp.asarray(weight, float)
         each = zip(self.leaves, sums, strict=True)
         return self.structure.unflatten(
@@ -235,10 +235,10 @@ class Reducer(NamedTuple):
 
 
 def check_reductions(reductions: PyTree) -> PyTree:
-    """`reductions`, a tree of names and of reductions of the user's own.
+    """Checks and returns `reductions`, a tree of names and of users' reductions.
 
     Raises:
-      ValueError: one is unknown.
+      ValueError: a reduction is unknown.
     """
     leaves = jax.tree_util.tree_leaves_with_path(reductions, is_leaf=_is_own)
     for path, how in leaves:
@@ -255,7 +255,7 @@ def check_aux_wanted(reductions: PyTree, has_aux: bool) -> None:
     """Checks that there is an aux to reduce.
 
     Raises:
-      ValueError: there is none, and the reductions are not the default.
+      ValueError: there is no aux, and the reductions are not the default.
     """
     if not has_aux and reductions != "mean":
         raise ValueError(
@@ -265,10 +265,10 @@ def check_aux_wanted(reductions: PyTree, has_aux: bool) -> None:
 
 
 def check_aux_leaves(aux: PyTree) -> None:
-    """Checks that what came with a loss can be reduced.
+    """Checks that all leaves of the aux are arrays or numbers.
 
     Raises:
-      TypeError: a leaf is no array or number.
+      TypeError: a leaf is neither.
     """
     for path, x in jax.tree_util.tree_leaves_with_path(aux):
         if _tree.dtype_of(x) is None:
@@ -279,9 +279,9 @@ def check_aux_leaves(aux: PyTree) -> None:
 
 
 def check_each_reduction(reductions: PyTree, losses: int | None) -> list[PyTree]:
-    """`reductions` for each of several losses: one for all, or a tuple of as many.
+    """Returns the reductions of each loss, from one for all or a tuple of them.
 
-    `losses`: how many, None for one that is not in a sequence.
+    `losses` is the number of losses, or None for a loss that is not in a sequence.
     """
     if losses is None:
         return [check_reductions(reductions)]
@@ -296,7 +296,7 @@ def check_each_reduction(reductions: PyTree, losses: int | None) -> list[PyTree]
 
 
 def aux_specs(reductions: PyTree, devices: Devices) -> PyTree:
-    """How the reduced trees of all devices make one: a prefix of it."""
+    """Returns the specs of the reduced aux over devices, a pytree prefix."""
 
     def spec(how: Any) -> PartitionSpec:
         return devices.rows if _reduction(how).by_device else PartitionSpec()
@@ -307,10 +307,10 @@ def aux_specs(reductions: PyTree, devices: Devices) -> PyTree:
 def reducer(
     reductions: PyTree, shapes: PyTree, tail_shapes: PyTree, parts: Parts
 ) -> Reducer:
-    """How to reduce a tree that has `shapes` in a microbatch, and others in the tail.
+    """Makes the `Reducer` of a tree with `shapes`, and with `tail_shapes` in the tail.
 
     Raises:
-      ValueError: `reductions` is no prefix of it, or a shape does not fit.
+      ValueError: `reductions` is not a prefix of the tree, or a shape does not fit.
       TypeError: a dtype does not fit.
     """
     try:
@@ -353,7 +353,7 @@ def _check_alike(where: str, how: str, like: Any, tail: Any, parts: Parts) -> No
 
 
 def _zeros(like: jax.ShapeDtypeStruct, new: int, shape: tuple[int, ...]) -> jax.Array:
-    """Zeros of `shape`, which has one axis more than `like`: that at `new`."""
+    """Returns zeros of `shape`, that of `like` with one more axis at `new`."""
     zeros, sharding = jnp.zeros(shape, like.dtype), like.sharding
     if isinstance(sharding, NamedSharding):
         spec = [*sharding.spec]
@@ -363,4 +363,4 @@ def _zeros(like: jax.ShapeDtypeStruct, new: int, shape: tuple[int, ...]) -> jax.
 
 
 def _sum_dtype(like: jax.ShapeDtypeStruct) -> Any:
-    return jax.eval_shape(jnp.sum, like).dtype  # that of a boolean is an integer
+    return jax.eval_shape(jnp.sum, like).dtype  # an integer for booleans

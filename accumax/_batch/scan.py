@@ -1,4 +1,4 @@
-"""The scan over microbatches that the forms within a call share."""
+"""The scan over microbatches of `value_and_grad` and `train_step`."""
 
 import dataclasses
 import functools
@@ -21,20 +21,20 @@ from .loss import Call, Loss, StatefulLoss, with_live
 from .outputs import check_aux_leaves, reducer
 from .split import Part, Parts
 
-_TREES = accumulator()  # of trees that are sums already, in whatever dtype these have
+_TREES = accumulator()  # only for `add`, which keeps the dtypes of the sums
 
 
 class Outcome(NamedTuple):
-    """What a scan over microbatches gave.
+    """The result of a scan over microbatches.
 
     Attributes:
-      losses: each loss over all microbatches: its value and aux reduced, its weight the
-        sum of those that counted, or None.
+      losses: each loss over all microbatches: value and aux are reduced, and weight is
+        the sum of the accepted weights, or None.
       grads: the accumulator.
-      weight: () float, what the gradient is to be divided by for a mean.
+      weight: () float, the divisor that makes the gradient a mean.
       accepted: () bool, false if a microbatch's weight was negative or not finite;
         that microbatch was left out.
-      state: what the last microbatch returned.
+      state: the state after the last microbatch.
     """
 
     losses: list[Loss]
@@ -49,11 +49,11 @@ class Loop:
     """A scan over microbatches whose backward passes add into one accumulator.
 
     Attributes:
-      losses: the losses, all of the same arguments. One alone may have a state.
-      weighted: whether they have weights.
-      mean: whether a loss is divided by its weights, or its microbatches, in the end.
+      losses: the losses, all of the same arguments. If several, none has a state.
+      weighted: whether the losses return weights.
+      mean: whether each loss is divided at the end, by its weights or its rows.
       aux: the reductions of each loss's aux.
-      in_place: false selects the twin that carries the gradient tree.
+      in_place: False carries a gradient tree through the scan instead.
     """
 
     losses: tuple[StatefulLoss, ...]
@@ -73,15 +73,14 @@ class Loop:
     ) -> Outcome:
         """Adds the gradient of every microbatch to `grads`, on a device.
 
-        All else that it gives is of all devices together.
+        The other fields of the result are reduced over all devices.
 
         Args:
           call: the call.
-          parts: the call, divided.
+          parts: the microbatches of the call.
           devices: the devices.
           grads: the accumulator, a tree for each of `call.argnums`.
-          seed: from the rows of a microbatch to what its gradient is multiplied by,
-            static.
+          seed: maps the rows of a microbatch to the factor of its gradient, static.
         """
         if self.in_place and is_batched((call.arrays, grads)):
             self = dataclasses.replace(self, in_place=False)
@@ -115,13 +114,13 @@ class Loop:
 
 
 class _Seen(NamedTuple):
-    """What the microbatches so far gave for one loss.
+    """The running sums of one loss over microbatches.
 
     Attributes:
-      value: () at least float32, the weighted sum of the losses; plain if not `mean`.
-      weight: () float, the sum of the weights that counted; of the rows over
+      value: () at least float32, the sum of the losses, weighted if `mean`.
+      weight: () float, the sum of the accepted weights, or of the rows over
         `Parts.unit` if the loss is not weighted.
-      refused: () bool, whether one was negative or not finite.
+      refused: () bool, whether a weight was negative or not finite.
       aux: the sums of the loss's `Reducer`.
     """
 
@@ -132,7 +131,7 @@ class _Seen(NamedTuple):
 
 
 class _Term:
-    """One of the losses of a call: what it adds in each microbatch."""
+    """One of the losses of a call, and how to add each of its microbatches."""
 
     def __init__(
         self,
@@ -171,10 +170,10 @@ class _Term:
         return loss, _tree.cast_like(new, state)
 
     def _agreement(self, parts: list[Part]) -> tuple[Callable[..., Any], bool]:
-        """`Devices.agreement` for the losses of these microbatches.
+        """Calls `Devices.agreement` for the losses of these microbatches.
 
-        The gradient is asked and not the loss: a rule of `jax.custom_vjp` may exchange
-        something in the backward pass alone.
+        It inspects the gradient and not the loss, because a rule of `jax.custom_vjp`
+        may communicate in the backward pass only.
         """
 
         def gradient(live: PyTree, state: PyTree, part: Part) -> PyTree:
@@ -188,7 +187,7 @@ class _Term:
         return self.devices.agreement(gradients, live, self.state)
 
     def kept(self) -> PyTree:
-        """For each leaf of the state, whether every microbatch returns it as it was."""
+        """Returns for each leaf of the state whether no microbatch changes it."""
         leaves, structure = jax.tree.flatten(self.state)
         if not leaves:
             return self.state
@@ -203,7 +202,7 @@ class _Term:
         return self.read(self.whole(part), part, state)[0]
 
     def whole(self, part: Part) -> dict[int, PyTree]:
-        """What is differentiated, of which a device may have a part only."""
+        """Gathers the whole parameters; a device may have only a part of them."""
         return self.devices.gather(self.live, part.index)
 
     def begin(self) -> _Seen:
@@ -241,7 +240,7 @@ class _Term:
         return grads, seen, state
 
     def weigh(self, loss: Loss, part: Part) -> tuple[jax.Array, jax.Array]:
-        """() float, the weight of what counts, and () bool, whether it was refused."""
+        """Returns `(weight, refused)`: () float, which is 0 if refused, and () bool."""
         if loss.weight is None:
             share = jnp.asarray(part.rows / self.parts.unit, float)
             return share, jnp.bool_(False)
@@ -249,8 +248,8 @@ class _Term:
         return weight, ~usable(loss.weight)
 
     def over(self, devices: Devices, seen: _Seen) -> _Seen:
-        """What all devices have seen."""
-        refused = seen.refused.astype(seen.weight.dtype)  # for one reduction of all
+        """Sums over all devices."""
+        refused = seen.refused.astype(seen.weight.dtype)  # for one all-reduce
         value, weight, refused = devices.sum((seen.value, seen.weight, refused))
         return _Seen(value, weight, refused > 0, self.reducer.over(devices, seen.aux))
 
@@ -266,7 +265,7 @@ class _Term:
 
 
 def _body(terms: list[_Term]) -> Callable[[Any, Part], Any]:
-    """The body of the scan: `((grads, seen of each term, state), part)` to the next."""
+    """Returns the scan's body: `((grads, seen by term, state), part) -> carry`."""
 
     def add(carry: Any, part: Part, i: int) -> Any:
         grads, seen, state = carry
@@ -274,9 +273,9 @@ def _body(terms: list[_Term]) -> Callable[[Any, Part], Any]:
         return grads, [*seen[:i], new, *seen[i + 1 :]], state
 
     def in_turn(carry: Any, part: Part) -> Any:
-        # XLA merges the graphs of losses that are computed one after another, and then
-        # all are alive at once (three equal ones: 3.0 x the memory of one). It does not
-        # merge those in different loops.
+        # XLA merges the graphs of losses that are computed one after another, so that
+        # all are alive at once (three equal losses: 3.0 x the memory of one). It does
+        # not merge graphs in different loops.
         def turn(carry: Any, n: ArrayLike) -> tuple[Any, None]:
             for i in range(len(terms)):
                 this = functools.partial(add, part=part, i=i)
@@ -290,12 +289,12 @@ def _body(terms: list[_Term]) -> Callable[[Any, Part], Any]:
 
 
 def _normalise(terms: list[_Term], parts: Parts, devices: Devices) -> jax.Array:
-    """Lets all weighted losses be divided by one number, () float, which it gives.
+    """Changes the seeds so that one number, () float, divides all weighted losses.
 
-    Each loss is seeded with the ratio of that number, the least of the sums of weights,
-    to its own sum: the reciprocal would underflow in float16. The sums come from a scan
-    of their own. Where they depend on the batch alone, as the number of tokens does,
-    XLA drops all else from it.
+    It returns that number: the least of the losses' sums of weights. The seed of each
+    loss is the ratio of that number to its own sum; 1 / sum would underflow in float16.
+    An extra scan computes the sums. If the weights depend only on the batch, as the
+    number of tokens does, XLA drops everything else from that scan.
     """
 
     def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
@@ -306,7 +305,7 @@ def _normalise(terms: list[_Term], parts: Parts, devices: Devices) -> jax.Array:
 
     sums = jnp.stack(parts.scan(body, [jnp.zeros((), float) for _ in terms]))
     sums = devices.sum(sums)
-    sums = jnp.where(sums != 0, sums, jnp.inf)  # of a loss that adds nothing
+    sums = jnp.where(sums != 0, sums, jnp.inf)  # a loss of weight 0 adds nothing
     least = jnp.min(sums)
     for term, total in zip(terms, sums, strict=True):
         seed = term.seed
@@ -322,9 +321,9 @@ def backward(
     in_place: bool,
     scatter: Callable[..., tuple[PyTree, jax.Array]] = ONE.scatter,
 ) -> tuple[Any, PyTree]:
-    """`add_backward`, or its twin that carries the gradient tree.
+    """Runs `add_backward`, or builds a gradient tree and adds it if not `in_place`.
 
-    `scatter`: that of the devices, which is the identity if `in_place`.
+    `scatter` is `Devices.scatter`, the identity if `in_place`.
     """
     if in_place:
         return add_backward(fun, params, sums)

@@ -1,4 +1,4 @@
-"""A call in microbatches: which rows go together, and in which order."""
+"""Divides a call into microbatches: the rows of each, and their order."""
 
 import dataclasses
 import functools
@@ -33,10 +33,10 @@ class Part:
     """One microbatch of a call.
 
     Attributes:
-      args, kwargs: the call for this microbatch.
-      index: () integer, which one it is.
-      rows: how many it has.
-      tail: whether it is the last, smaller one.
+      args, kwargs: the arguments of the call for this microbatch.
+      index: () integer, its number.
+      rows: the number of its rows.
+      tail: whether it is the last, smaller microbatch.
     """
 
     args: tuple
@@ -53,16 +53,16 @@ class Parts:
     Attributes:
       rows: the rows of the whole batch.
       size: the rows of a microbatch.
-      count: the microbatches of `size` rows.
-      tail: the rows of the one that is smaller, 0 if there is none.
+      count: the number of microbatches of `size` rows.
+      tail: the rows of the last, smaller microbatch; 0 if there is none.
       unit: a microbatch of n rows weighs n / unit in a mean over rows. It is the
         microbatch size or, if the last microbatch is smaller, the next power of two, so
         that all weights are exact and at most 1.
-      places: where the call has the arguments that are divided.
-      divide: `(tree) -> ((i, tail) -> tree)`, the rows of microbatch i of arrays that
-        have a row for each of the batch.
-      part: `(i, tail=False) -> Part`: microbatch i, () integer below `count`; if
-        `tail`, the smaller one, for which i is `count`.
+      places: the positions and keywords of the arguments that are divided.
+      divide: `(tree) -> ((i, tail) -> tree)`, the rows of microbatch i, for a tree of
+        arrays that have the rows of the batch.
+      part: `(i, tail=False) -> Part`: microbatch i, () integer below `count`. With
+        `tail`, the smaller microbatch; i is then `count`.
       unroll: see `Split`.
     """
 
@@ -77,10 +77,10 @@ class Parts:
     unroll: int | bool
 
     def scan(self, body: Callable[[T, Part], T], carry: T, unroll: int | bool = 1) -> T:
-        """`carry` after `body(carry, part)` for each microbatch in turn.
+        """Runs `carry = body(carry, part)` for each microbatch, and returns `carry`.
 
-        With `unroll=True` there is no loop in the program, and still only one
-        microbatch at a time.
+        With `unroll=True` the program has no loop, and still runs one microbatch at a
+        time.
         """
 
         def turn(carry: T, i: jax.Array) -> tuple[T, None]:
@@ -100,13 +100,13 @@ class Parts:
             return carry
 
     def each(self) -> list[Part]:
-        """One part of each size, to see the shapes that come from it."""
+        """Returns one microbatch of each size, to find the shapes of its outputs."""
         return [self.part(0), *([self.part(self.count, True)] if self.tail else [])]
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How calls are to be divided; `split` makes it. All fields are static.
+    """How to divide calls; `split` makes it. All fields are static.
 
     Attributes:
       microbatch_size: the rows of a microbatch, or None.
@@ -130,10 +130,10 @@ class Split:
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple["Split", tuple[PartitionSpec, ...], dict[str, PartitionSpec]]:
-        """Divides the rows of a call over devices first; arguments as for `parts`.
+        """Divides the rows of a call over devices; arguments as for `parts`.
 
         Returns:
-          How each device divides its own, and how arguments and keywords are sharded.
+          The `Split` on each device, and the specs of arguments and of keywords.
 
         Raises:
           TypeError, ValueError: the call does not fit, or the devices do not divide it.
@@ -180,12 +180,12 @@ class Split:
     ) -> Parts:
         """Divides the call `fun(*args, **kwargs)`, differentiated at `argnums`.
 
-        Microbatch i of k has rows i, k + i, 2 k + i, ... Of a batch that is sharded
-        over devices, each microbatch is then sharded alike and no row moves, if their
-        number divides `microbatch_size` and there is no tail; a microbatch of
-        consecutive rows would be on one device. The tail has the last rows.
+        Microbatch i of k has rows i, k + i, 2 k + i, ... The tail has the last rows. If
+        the batch is sharded over devices, each microbatch is sharded in the same way
+        and no row moves, provided that the number of devices divides `microbatch_size`
+        and there is no tail. A microbatch of consecutive rows would be on one device.
 
-        With `axes`, these are a device's own rows, and its keys differ from others'.
+        With several devices, the rows are those of one device; keys differ by device.
 
         Raises:
           TypeError, ValueError: the call does not fit.
@@ -228,7 +228,7 @@ class Split:
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[set[Place], set[Place]]:
-        """Where the call has rows, and where it has keys."""
+        """Returns where the call has rows, and where it has keys."""
         batches = find("batch_argnums", self.batch_argnums, fun, args, kwargs)
         keys = find("rng_argnums", self.rng_argnums, fun, args, kwargs)
         for name, places in (("batch_argnums", batches), ("rng_argnums", keys)):
@@ -249,7 +249,7 @@ class Split:
 
     def _sizes(self, rows: int) -> tuple[int, int]:
         if self.microbatch_size is not None:
-            # A batch smaller than a microbatch is one: the last one of an epoch.
+            # A smaller batch, such as the last of an epoch, is one microbatch.
             size = min(self.microbatch_size, rows)
             return size, rows // size
         count = self.microbatches or 1
@@ -268,7 +268,7 @@ def split(
     rng_argnums: Any,
     unroll: Any = 1,
 ) -> Split:
-    """The `Split` for these options, which are checked."""
+    """Checks the options and returns their `Split`."""
     if (microbatch_size is None) == (microbatches is None):
         raise ValueError(
             f"Pass exactly one of microbatch_size, the rows of a microbatch, and "
@@ -293,7 +293,7 @@ def split(
 def _rows_of(
     tree: PyTree, *, size: int, count: int, tail: int
 ) -> Callable[[ArrayLike, bool], PyTree]:
-    """`(i, last) -> rows`: those of microbatch i, or of the tail if `last`."""
+    """Returns `(i, last) -> rows` of microbatch i, or of the tail if `last`."""
     tree = jax.tree.map(jnp.asarray, tree)
 
     def columns(x: jax.Array) -> jax.Array:  # the same memory in another shape
@@ -302,8 +302,8 @@ def _rows_of(
     divided = jax.tree.map(columns, tree)
 
     def cut(i: ArrayLike, last: bool) -> PyTree:
-        # By index, because a transposed batch would be a second one in memory, and so
-        # would one without its tail.
+        # By index: a transposed batch would be a second copy in memory, and so would
+        # a batch without its tail.
         def rows(x: jax.Array, column: jax.Array) -> jax.Array:
             if last:
                 # `after` hides the start index, so XLA cannot begin the tail before the

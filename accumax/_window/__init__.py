@@ -1,1 +1,1 @@
-"""Which call closes a window."""
+"""A window of calls: its state, its boundary and its checks."""

@@ -1,4 +1,4 @@
-"""The boundary of a window: where the transformation inside runs."""
+"""The boundary of a window, where the inner transformation runs."""
 
 import functools
 from typing import Any
@@ -34,8 +34,8 @@ def update(
     sums, progress = window.add(state, updates, weight, flush, extra_args)
     params = window.trained(state, params)
     grads = _tree.trained(updates, sums.grads)
-    like = window.devices.as_replicated(grads)  # as `inner` sees it
-    # The dtypes are those of the big batch: what `inner` gives for such gradients.
+    like = window.devices.as_replicated(grads)  # the type that `inner` sees
+    # As for the big batch: the dtypes that `inner` returns for such gradients.
     like = window.inner.emits(
         like, state.inner_opt_state, params, extra_args | sums.args
     )
@@ -78,7 +78,7 @@ def close(
     progress: Progress,
     extra_args: dict[str, Any],
 ) -> tuple[PyTree, AccumulateState]:
-    """The boundary in place: touches nothing unless the window closes."""
+    """Runs the boundary in place; touches nothing unless the window closes."""
     live = jax.tree.map(_tree.strong, window.trained(state, params))
     grads = jax.tree.map(
         lambda _, p: jax.ShapeDtypeStruct(p.shape, p.dtype),
@@ -110,7 +110,7 @@ def close(
 
 
 def window_of(tx: Any, name: str) -> Window:
-    """The window behind an `accumulate`, for the forms that fuse it."""
+    """Returns the window of `tx`, an `accumulate`, for the function `name`."""
     if not is_accumulate(tx):
         raise TypeError(
             f"accumax.{name} needs a tx made by accumax.accumulate, and it must be "

@@ -1,4 +1,4 @@
-"""What a call may say to a window, and what not."""
+"""Checks of the arguments that a call passes to a window."""
 
 import math
 from typing import Any
@@ -43,11 +43,11 @@ def check_length(length: Any) -> ArrayLike:
 
 
 def is_near(name: str, known: str) -> bool:
-    """Whether `name` may be `known` misspelt: in its case, or in up to two letters."""
+    """Whether `name` may be a misspelling of `known`, in case or in two letters."""
     name, known = name.lower(), known.lower()
     if name == known:
         return True
-    # The edit distance; two letters that changed places are one edit.
+    # The edit distance; swapping two neighbouring letters is one edit.
     before: list[int] = []
     row = list(range(len(known) + 1))
     for i, a in enumerate(name, 1):
@@ -82,7 +82,7 @@ def check_averaged(name: str, extra_args: dict[str, Any]) -> None:
 
 
 def check_state(state: Any, averaged_args: tuple[str, ...]) -> None:
-    """Checks that `state` is that of an `accumulate` with these `averaged_args`."""
+    """Checks that `state` is of an `accumulate` with these `averaged_args`."""
     if not is_state(state):
         hint = "Pass what init of this accumulate returned, or its last update."
         if isinstance(state, optax.MultiStepsState):

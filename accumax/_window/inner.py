@@ -1,4 +1,4 @@
-"""The transformation that `accumulate` is around: its state and extra arguments."""
+"""The transformation inside an `accumulate`: its state and extra arguments."""
 
 import inspect
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from .. import _tree
 from .._types import PyTree
 from .checks import is_near
 
-# What Optax's own transformations take by name, wherever they are in a chain.
+# Extra arguments of Optax's own transformations, anywhere in a chain.
 OF_OPTAX = frozenset({"value", "grad", "value_fn"})
 
 
@@ -20,9 +20,9 @@ class Inner(NamedTuple):
     """A transformation, and which extra arguments it takes.
 
     Attributes:
-      init, update: its own; `update` takes any extra arguments.
-      names: those that it names.
-      takes_any: whether it has a `**` for others, as a chain has.
+      init, update: its functions; `update` takes any extra arguments.
+      names: the extra arguments that its signature names.
+      takes_any: whether its signature has a `**` for others, as a chain has.
     """
 
     init: Callable[..., Any]
@@ -37,7 +37,7 @@ class Inner(NamedTuple):
         params: PyTree,
         extra_args: dict[str, Any],
     ) -> PyTree:
-        """Shapes and dtypes of what it gives for gradients like `grads`."""
+        """Returns the shapes and dtypes of the updates for gradients like `grads`."""
 
         def updates(grads: PyTree, inner_state: Any, params: PyTree) -> Any:
             return self.update(grads, inner_state, params, **extra_args)
@@ -56,7 +56,7 @@ class Inner(NamedTuple):
     def _check_state(self, inner_state: Any, like: PyTree) -> None:
         try:
             expected = jax.eval_shape(self.init, like)
-        except Exception:  # one that needs values: nothing to compare with
+        except Exception:  # `init` needs values: nothing to compare with
             return
         got, want = jax.tree.structure(inner_state), jax.tree.structure(expected)
         if want != got:
@@ -82,10 +82,10 @@ class Inner(NamedTuple):
         extra_args: dict[str, Any],
         averaged: tuple[str, ...],
     ) -> None:
-        """Checks that extra arguments are used: a chain takes all names.
+        """Checks that extra arguments are used, because a chain takes all names.
 
         Raises:
-          TypeError: one is not.
+          TypeError: an extra argument is not used.
         """
         known = self.names | OF_OPTAX | set(averaged)
         arrays = {
@@ -112,7 +112,7 @@ class Inner(NamedTuple):
                 )
 
     def takes(self, name: str) -> bool:
-        """Whether it can be passed an extra argument of this name."""
+        """Whether `update` takes an extra argument of this name."""
         return self.takes_any or name in self.names
 
     def check_names(
@@ -120,12 +120,12 @@ class Inner(NamedTuple):
     ) -> None:
         """Checks the names of extra arguments.
 
-        By Optax's convention they go to whoever takes them, which may be another member
-        of a chain. `strict`: all of them are for this one. `averaged`: those that are
-        averaged over a window.
+        By Optax's convention, an extra argument may be for another member of a chain.
+        If `strict`, all must be for this transformation. `averaged` names the arguments
+        that are averaged over a window.
 
         Raises:
-          TypeError: one is nearly the name of an argument, or nobody takes it.
+          TypeError: a name is nearly that of a known argument or, if `strict`, unknown.
         """
         for name in extra_args.keys() - self.names - set(averaged):
             for known in ("weight", "flush", *averaged):
@@ -144,7 +144,7 @@ class Inner(NamedTuple):
 
 
 def inner_of(tx: optax.GradientTransformation) -> Inner:
-    """`tx`, with what its signature says."""
+    """Returns `tx` with the extra arguments that its signature names."""
     wrapped = optax.with_extra_args_support(tx)
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
         return Inner(wrapped.init, wrapped.update, frozenset(), False)

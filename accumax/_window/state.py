@@ -12,14 +12,14 @@ class AccumulateState(NamedTuple):
     """State of `accumulate`: arrays only, so it can be saved, donated and sharded.
 
     Attributes:
-      mini_step: () int32, the calls that the open window has counted; 0 if none is
-        open.
+      mini_step: () int32, the calls that count towards the open window; 0 if no window
+        is open.
       gradient_step: () int32, the updates applied so far.
       inner_opt_state: the state of the wrapped transformation.
-      acc_grads: the open window's gradient sum, shaped as the parameters, accumulator
-        dtype. Stale while `mini_step` is 0: the next window overwrites it. With a
-        `reduce_axis`, the sum of each device, under a first axis of their number.
-      acc_weight: () float, the open window's sum of weights; 0 while none is open.
+      acc_grads: the open window's gradient sum, shaped as the parameters, in the
+        accumulator dtype. Stale while `mini_step` is 0: the next window overwrites it.
+        With a `reduce_axis`, a first axis has the sum of each device.
+      acc_weight: () float, the open window's sum of weights; 0 if no window is open.
       acc_args: the open window's weighted sums of `averaged_args`, () float each.
       emitted: () bool, whether the latest call applied an update; see `has_updated`.
       skipped: () int32, the calls whose gradient or weight was refused so far.
@@ -38,7 +38,7 @@ class AccumulateState(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """Where a window stands after a call: () int32, () int32 and () bool."""
+    """The progress of a window after a call: () int32, () int32 and () bool."""
 
     mini_step: jax.Array
     skipped: jax.Array
@@ -50,11 +50,11 @@ def is_state(x: Any) -> bool:
 
 
 def accepted(before: AccumulateState, after: AccumulateState) -> jax.Array:
-    """() bool: whether the call between them was not refused."""
+    """() bool: whether the call between the two states was accepted."""
     return before.skipped == after.skipped
 
 
 def gradient_of(params: PyTree) -> PyTree:
-    """The part of `params` that gradients are shaped like."""
-    # `optax.lookahead` alone takes gradients of a part, the fast parameters.
+    """Returns the part of `params` whose structure and shapes gradients have."""
+    # Only `optax.lookahead` takes gradients of a part, the fast parameters.
     return params.fast if isinstance(params, optax.LookaheadParams) else params

@@ -1,4 +1,4 @@
-"""A window across calls: the steps that the forms of a call share."""
+"""A window across calls: the steps that `update`, `train_step` and others share."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ from .state import AccumulateState, Progress, gradient_of
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """What `accumulate` was asked for, and the steps that its forms are made of."""
+    """The options of an `accumulate`, and the steps of a call."""
 
     inner: Inner
     every: ArrayLike | Schedule
     accumulator: Accumulator
-    devices: Devices  # which of them have the sums of an open window
+    devices: Devices  # where the sums of an open window are
 
     def init(self, params: PyTree) -> AccumulateState:
         _tree.check_parameters("params", params)
@@ -52,7 +52,7 @@ class Window:
         flush: ArrayLike,
         extra_args: dict[str, Any],
     ) -> tuple[Sums, Progress]:
-        """One gradient into the window, whether it closes then or not."""
+        """Adds one gradient to the window, and decides whether the window closes."""
         weight = self.weigh(weight)
         before = self.sums(state)
         grads = _tree.trained(grads, before.grads)
@@ -69,7 +69,7 @@ class Window:
         return sums, self.progress(state, accepted, flush)
 
     def weigh(self, weight: ArrayLike | None) -> jax.Array:
-        """The weight of a call, () float; 1 if none was passed."""
+        """Returns the weight of a call, () float; 1 if none was passed."""
         if weight is None and self.accumulator.reduction == "mean_of_sums":
             raise TypeError(
                 'reduction="mean_of_sums" divides by the items that were summed, and '
@@ -85,7 +85,7 @@ class Window:
         return _tree.trained(params, state.acc_grads)
 
     def sums(self, state: AccumulateState) -> Sums:
-        """The open window's, as they are in the state."""
+        """Returns the sums of the open window, in the layout of the state."""
         return Sums(state.acc_grads, state.acc_weight, state.acc_args)
 
     def add_own(
@@ -98,9 +98,9 @@ class Window:
         first: jax.Array,
         **options: Any,
     ) -> tuple[Sums, jax.Array]:
-        """`Accumulator.add` on each device, of its own gradients, as `sums` has them.
+        """Runs `Accumulator.add` on each device, with the gradients of that device.
 
-        `options`: those of `Accumulator.add`.
+        `grads` has the layout of `sums`. `options` are those of `Accumulator.add`.
         """
         add = functools.partial(self.accumulator.add, agree=self.devices.all, **options)
 
@@ -126,22 +126,22 @@ class Window:
         every = self.every
         if callable(every):
             every = check_length(every(state.gradient_step))
-        # "not below" and not "equal": a window longer than a new, smaller `every`
-        # closes, and so does one whose schedule gave a NaN.
+        # "not below" instead of "equal" closes a window that is longer than a new,
+        # smaller `every`, and a window whose schedule gave a NaN.
         closes = jnp.logical_or(flush, ~(mini_step < every))
         return Progress(mini_step, skipped, closes)
 
     def run(
         self, sums: Sums, inner_state: Any, params: PyTree, extra_args: dict[str, Any]
     ) -> tuple[PyTree, Any]:
-        """`inner` on the reduced gradient. Its state keeps its dtypes."""
+        """Runs `inner` on the reduced gradient. Its state keeps its dtypes."""
         mean, means = self.accumulator.result(sums)
         extra_args = extra_args | means
         updates, new_state = self.inner.update(mean, inner_state, params, **extra_args)
         return updates, _tree.cast_like(new_state, inner_state)
 
     def check_names(self, extra_args: dict[str, Any], strict: bool = False) -> None:
-        """`Inner.check_names` for a call of this accumulate."""
+        """Runs `Inner.check_names` for a call of this accumulate."""
         self.inner.check_names(extra_args, self.accumulator.averaged_args, strict)
 
     def next(
@@ -153,7 +153,7 @@ class Window:
         applies: jax.Array,
     ) -> AccumulateState:
         step = state.gradient_step
-        # A window whose weights are too many to divide by is lost, and counted.
+        # A window whose weights are too large to divide by is lost and counted.
         lost = progress.closes & ~applies & (sums.weight > 0)
         skipped = progress.skipped
         return AccumulateState(
@@ -172,7 +172,7 @@ class Window:
     ) -> None:
         """Checks the static facts of a call, before anything is computed.
 
-        `trees` are the parameters or gradients, by the name for an error message.
+        `trees` are parameters or gradients, by their names for an error message.
         """
         names = self.accumulator.averaged_args
         check_state(state, names)
