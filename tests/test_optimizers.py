@@ -76,6 +76,7 @@ def check(got, inner, params, batches):
 
 
 @pytest.mark.slow
+@pytest.mark.rounding
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_takes_the_steps_of_its_big_batch(name):
     params, batches, inner = init(), data(STEPS), make(name)

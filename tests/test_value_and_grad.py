@@ -54,6 +54,7 @@ def masked(counts=(3, 0, 4, 1, 4, 0)):
 
 
 @BOTH
+@pytest.mark.rounding
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_value_and_gradient_are_those_of_the_big_batch(size, dtype, in_place):
