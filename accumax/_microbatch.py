@@ -99,7 +99,7 @@ def microbatch(
                 _check_rows(out, part.rows)
                 return out
 
-            return _convert(of_arrays, _arrays((part.args, part.kwargs)))
+            return _convert(of_arrays, _arrays(part.call()))
 
         each = parts_of(_arrays(call)).each()
         funs, closed = zip(*map(pure, each), strict=True)
@@ -155,7 +155,7 @@ def _convert(
 
 def _outputs(funs: Sequence[Callable[..., PyTree]], parts: Parts, closed: Any) -> Any:
     def run(part: Part) -> PyTree:
-        return funs[part.tail](_arrays((part.args, part.kwargs)), *closed[part.tail])
+        return funs[part.tail](_arrays(part.call()), *closed[part.tail])
 
     def body(sums: list[Any], part: Part) -> list[Any]:
         return reducer.add(sums, run(part), part, 1.0)
@@ -183,7 +183,7 @@ def _gradient(
 
     def body(carry: tuple[PyTree, list[Any]], part: Part) -> Any:
         grads, given = carry
-        arrays, ct = _arrays((part.args, part.kwargs)), cut(part.index, part.tail)
+        arrays, ct = _arrays(part.call()), cut(part.index, part.tail)
         here = _tree.masked(arrays, rows)
 
         def product(live: PyTree) -> tuple[jax.Array, Any]:
@@ -196,7 +196,7 @@ def _gradient(
                 out,
                 is_leaf=lambda c: c is None,
             )
-            return sum(jax.tree.leaves(terms), jnp.zeros(())), (None, None)
+            return sum(jax.tree.leaves(terms), jnp.zeros(())), ()
 
         def with_rows(tree: PyTree, here: PyTree) -> PyTree:
             return _tree.restore(tree[0], here), tree[1]
@@ -209,7 +209,7 @@ def _gradient(
         return _tree.masked(sums, shared), given
 
     def rows_of(part: Part) -> PyTree:
-        return _tree.masked(_arrays((part.args, part.kwargs)), rows)
+        return _tree.masked(_arrays(part.call()), rows)
 
     reducer = _concatenated(rows_of, parts)
     grads = _tree.minus_zeros_like(accumulated.init(shared).grads)

@@ -91,7 +91,7 @@ class Step:
         self, window: Window, devices: Devices, loss: StatefulLoss
     ) -> Callable[..., Outcome]:
         if not (self.divided or devices.needs_rows):
-            return functools.partial(at_once, loss)
+            return functools.partial(at_once, loss, self.weighted)
         accumulator = window.accumulator
         loop = Loop(
             losses=(loss,),

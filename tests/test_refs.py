@@ -152,7 +152,11 @@ def runs(fun, p, sums, x, firsts=(True, False), taken=None, jit=jax.jit):
 
     @jit
     def in_place(p, sums, first, x):
-        return add_backward(lambda p: (fun(p, x), (taken, x)), p, sums, first)
+        def with_aux(p):
+            return fun(p, x), ((), x)
+
+        (_, aux), sums = add_backward(with_aux, p, sums, first, taken)
+        return aux, sums
 
     @jit
     def carried(p, sums, first, x):
@@ -255,7 +259,7 @@ def test_what_jax_cannot_add_into_a_ref_falls_back_and_leaves_nothing_behind():
 
     def step(p, sums):
         return add_backward(
-            lambda p: (barrier(p, jnp.eye(4)), (None, ())), p, sums, jnp.bool_(False)
+            lambda p: (barrier(p, jnp.eye(4)), ((), ())), p, sums, jnp.bool_(False)
         )
 
     # Refs of a trace that failed would stay in the program, and be copies of the sums.
@@ -274,7 +278,7 @@ def test_a_gradient_tree_that_has_to_be_built_is_not_hidden(monkeypatch):
     @jax.jit
     def step(p, sums):
         return add_backward(
-            lambda p: (plain(p, jnp.eye(4)), (None, ())), p, sums, jnp.bool_(False)
+            lambda p: (plain(p, jnp.eye(4)), ((), ())), p, sums, jnp.bool_(False)
         )[1]
 
     with pytest.warns(UserWarning, match=r"no ref for this.*in_place=False"):
@@ -283,20 +287,25 @@ def test_a_gradient_tree_that_has_to_be_built_is_not_hidden(monkeypatch):
     assert distance(got, want) < 1e-6
 
 
-def test_aux_may_hold_what_is_no_array():
+@pytest.mark.parametrize("taken", [None, True, False])
+def test_aux_may_hold_what_is_no_array(taken):
     aux = {"name": "relu", "f": jnp.tanh, "n": 3, "none": None, "np": np.arange(2)}
 
     @jax.jit
     def step(p, sums):
         def fun(p):
-            return plain(p, jnp.eye(4)), (None, aux | {"p": p["a"]})
+            return plain(p, jnp.eye(4)), (p["a"], aux | {"p": p["a"]})
 
-        got, sums = add_backward(fun, p, sums, jnp.bool_(False))
+        flag = None if taken is None else jnp.bool_(taken)
+        (values, got), sums = add_backward(fun, p, sums, jnp.bool_(False), flag)
         assert {k: got[k] for k in aux} == aux
-        return got["p"], sums
+        return values, got["p"], sums
 
-    got, _ = step(params(), params())
+    values, got, sums = step(params(), params())
     assert same_bits(got, params()["a"])
+    zeros = jnp.zeros_like(params()["a"])
+    assert same_bits(values, zeros if taken is False else params()["a"])
+    assert same_bits(sums, params()) == (taken is False)
 
 
 def test_an_error_of_the_loss_is_its_own():
@@ -312,7 +321,7 @@ def test_no_gradient_tree_exists():
 
     def step(p, sums):
         return add_backward(
-            lambda p: (checkpointed(p, x), (None, ())), p, sums, jnp.bool_(False)
+            lambda p: (checkpointed(p, x), ((), ())), p, sums, jnp.bool_(False)
         )[1]
 
     def carried(p, sums):

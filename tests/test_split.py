@@ -19,7 +19,7 @@ def test_every_row_is_in_one_microbatch_and_comes_back_to_its_place(rows, size):
     parts = parts_of(rows, microbatch_size=size)
     count = parts.count + (parts.tail > 0)
     each = [parts.part(i, i == parts.count) for i in range(count)]
-    seen = [np.asarray(part.args[0]) for part in each]
+    seen = [np.asarray(part.call()[0][0]) for part in each]
     assert sorted(np.concatenate(seen)) == list(range(rows))
     assert [len(x) for x in seen] == [part.rows for part in each]
     assert {len(x) for x in seen[: parts.count]} == {min(size, rows)}
@@ -30,7 +30,7 @@ def test_every_row_is_in_one_microbatch_and_comes_back_to_its_place(rows, size):
     rows_of = reducer("concat", row, rest, parts)
     sums = rows_of.init()
     for part in each:
-        sums = rows_of.add(sums, part.args[0], part, 1.0)
+        sums = rows_of.add(sums, part.call()[0][0], part, 1.0)
     np.testing.assert_array_equal(rows_of.result(sums, 1.0), range(rows))
 
 
@@ -44,7 +44,7 @@ def test_a_scan_visits_the_smaller_one_last():
     parts = parts_of(7, microbatch_size=3)
 
     def body(carry, part):
-        return 10 * carry + jnp.sum(part.args[0]) * 0 + part.index + 1
+        return 10 * carry + jnp.sum(part.call()[0][0]) * 0 + part.index + 1
 
     assert parts.scan(body, jnp.int32(0)) == 123
     assert [part.tail for part in parts.each()] == [False, True]

@@ -581,6 +581,14 @@ def test_unrolling_changes_nothing():
         assert distance(jax.jit(f)(init(), BATCH), want) < 1e-6
 
 
+def test_unroll_false_leaves_the_loop_rolled_as_for_a_scan():
+    def program(**options):
+        f = accumax.value_and_grad(loss_fn, microbatch_size=4, **options)
+        return str(jax.make_jaxpr(f)(init(), BATCH))
+
+    assert program(unroll=False) == program()
+
+
 def test_the_name_and_the_words_of_the_function_are_kept():
     f = accumax.grad(loss_fn, microbatches=2)
     assert f.__name__ == "loss_fn"

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from .._devices.one import Devices
 from .._sums import Accumulator, counts
 from .._types import PyTree
+from .._xla.jaxprs import pruned
 from .._xla.loops import reset
 from .._xla.refs import add_backward
 from .loss import Call, Loss, StatefulLoss, with_live
@@ -30,24 +31,34 @@ class Begun(NamedTuple):
     first: jax.Array
 
 
-def at_once(loss: StatefulLoss, call: Call, begun: Begun | None = None) -> Outcome:
+def at_once(
+    loss: StatefulLoss, weighted: bool, call: Call, begun: Begun | None = None
+) -> Outcome:
     """Computes the gradient of a call without microbatches, for its one argument.
 
     Without `begun`, the gradient is a new tree in the dtypes of the parameters.
     """
     (n,), (live,) = call.argnums, call.live
 
-    def fun(live: PyTree) -> tuple[jax.Array, Any]:
+    def read(live: PyTree) -> tuple[Loss, PyTree]:
         args = with_live(call.args, {n: live})
-        out, state = loss.run(call.given, call.state, args, call.kwargs)
-        taken = None if out.weight is None else counts(out.weight)
-        return out.value, (taken, (out._replace(value=out.mean()), state))
+        return loss.run(call.given, call.state, args, call.kwargs)
 
+    def fun(live: PyTree) -> tuple[jax.Array, Any]:
+        out, state = read(live)
+        return out.value, (out.value, (out.aux, state))
+
+    weight = pruned(lambda live: read(live)[0].weight, live) if weighted else None
     if begun is None:
-        value, vjp, (_, (out, state)) = jax.vjp(fun, live, has_aux=True)
+        value, vjp, (_, (aux, state)) = jax.vjp(fun, live, has_aux=True)
         grads = vjp(jnp.ones_like(value))[0]
     else:
-        (out, state), grads = add_backward(fun, live, begun.sums[0], begun.first)
+        taken = None if weight is None else counts(weight)
+        (value, (aux, state)), grads = add_backward(
+            fun, live, begun.sums[0], begun.first, taken
+        )
+    out = Loss(value, weight, aux)
+    out = out._replace(value=out.mean())
     # `accepted` is true: the window checks the weight.
     return Outcome([out], (grads,), jnp.ones(()), jnp.bool_(True), state)
 

@@ -13,7 +13,7 @@ from .. import _tree
 from .._devices.one import ONE, Devices
 from .._sums import Sums, accumulator, counts, usable
 from .._types import ArrayLike, PyTree
-from .._xla.jaxprs import returns_as_it_is
+from .._xla.jaxprs import pruned, returns_as_it_is
 from .._xla.loops import at_most_once
 from .._xla.refs import add_backward, is_batched
 from .._xla.varying import fitted, typed_like
@@ -164,8 +164,9 @@ class _Term:
         self, live: dict[int, PyTree], part: Part, state: PyTree
     ) -> tuple[Loss, PyTree]:
         """The loss of a microbatch, and the state after it."""
-        args = with_live(part.args, live)
-        loss, new = self.stateful.run(self.given, state, args, part.kwargs)
+        args, kwargs = part.call()
+        args = with_live(args, live)
+        loss, new = self.stateful.run(self.given, state, args, kwargs)
         check_aux_leaves(loss.aux)
         return loss, _tree.cast_like(new, state)
 
@@ -217,17 +218,22 @@ class _Term:
 
         def fun(live: dict[int, PyTree]) -> tuple[jax.Array, Any]:
             loss, new = self.read(live, part, state)
-            taken = None if loss.weight is None else self.agree(counts(loss.weight))
             value, seed = loss.value, self.seed(part.rows)
             if not (isinstance(seed, float) and seed == 1):
                 value = value.astype(dtype) * seed
-            return value, (taken, (loss, new))
+            return value, (loss.value, (loss.aux, new))
 
-        live, scatter = self.whole(part), self.devices.scatter
-        out, grads = backward(fun, live, grads, in_place=self.in_place, scatter=scatter)
-        loss, state = out
-        value, (weight, refused) = loss.value.astype(dtype), self.weigh(loss, part)
-        if loss.weight is not None:
+        live, found = self.whole(part), self.weight(part, state)
+        (value, (aux, state)), grads = backward(
+            fun,
+            live,
+            grads,
+            in_place=self.in_place,
+            taken=None if found is None else self.agree(counts(found)),
+            scatter=self.devices.scatter,
+        )
+        value, (weight, refused) = value.astype(dtype), self.weigh(found, part)
+        if found is not None:
             value = jnp.where(weight != 0, value, 0)
         elif self.loop.mean:
             value = value * weight.astype(dtype)
@@ -235,17 +241,23 @@ class _Term:
             seen.value + value,
             seen.weight + weight,
             seen.refused | refused,
-            self.reducer.add(seen.aux, loss.aux, part, weight),
+            self.reducer.add(seen.aux, aux, part, weight),
         )
         return grads, seen, state
 
-    def weigh(self, loss: Loss, part: Part) -> tuple[jax.Array, jax.Array]:
+    def weight(self, part: Part, state: PyTree) -> jax.Array | None:
+        """Returns the weight of a microbatch, () float; None if losses have none."""
+        if not self.loop.weighted:
+            return None
+        live = self.whole(part)
+        return pruned(lambda live: self.read(live, part, state)[0].weight, live)
+
+    def weigh(self, found: jax.Array | None, part: Part) -> tuple[jax.Array, jax.Array]:
         """Returns `(weight, refused)`: () float, which is 0 if refused, and () bool."""
-        if loss.weight is None:
+        if found is None:
             share = jnp.asarray(part.rows / self.parts.unit, float)
             return share, jnp.bool_(False)
-        weight = jnp.where(counts(loss.weight), loss.weight, 0)
-        return weight, ~usable(loss.weight)
+        return jnp.where(counts(found), found, 0), ~usable(found)
 
     def over(self, devices: Devices, seen: _Seen) -> _Seen:
         """Sums over all devices."""
@@ -299,7 +311,7 @@ def _normalise(terms: list[_Term], parts: Parts, devices: Devices) -> jax.Array:
 
     def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
         def added(term: _Term, total: jax.Array) -> jax.Array:
-            return total + term.weigh(term.loss(part, term.state), part)[0]
+            return total + term.weigh(term.weight(part, term.state), part)[0]
 
         return [added(*pair) for pair in zip(terms, sums, strict=True)]
 
@@ -319,6 +331,7 @@ def backward(
     sums: PyTree,
     *,
     in_place: bool,
+    taken: jax.Array | None = None,
     scatter: Callable[..., tuple[PyTree, jax.Array]] = ONE.scatter,
 ) -> tuple[Any, PyTree]:
     """Runs `add_backward`, or builds a gradient tree and adds it if not `in_place`.
@@ -326,8 +339,8 @@ def backward(
     `scatter` is `Devices.scatter`, the identity if `in_place`.
     """
     if in_place:
-        return add_backward(fun, params, sums)
-    value, vjp, (taken, aux) = jax.vjp(fun, params, has_aux=True)
+        return add_backward(fun, params, sums, taken=taken)
+    value, vjp, aux = jax.vjp(fun, params, has_aux=True)
     (grads,) = vjp(jnp.ones_like(value))
     weight = jnp.where(True if taken is None else taken, 1.0, 0.0)
     grads, weight = scatter(grads, sums, weight)

@@ -33,14 +33,14 @@ class Part:
     """One microbatch of a call.
 
     Attributes:
-      args, kwargs: the arguments of the call for this microbatch.
+      call: `() -> (args, kwargs)` of this microbatch. It cuts the rows where it is
+        called, so a loop body that calls it does not carry them.
       index: () integer, its number.
       rows: the number of its rows.
       tail: whether it is the last, smaller microbatch.
     """
 
-    args: tuple
-    kwargs: dict[str, Any]
+    call: Callable[[], tuple[tuple, dict[str, Any]]]
     index: ArrayLike
     rows: int
     tail: bool
@@ -76,7 +76,7 @@ class Parts:
     part: Callable[..., Part]
     unroll: int | bool
 
-    def scan(self, body: Callable[[T, Part], T], carry: T, unroll: int | bool = 1) -> T:
+    def scan(self, body: Callable[[T, Part], T], carry: T) -> T:
         """Runs `carry = body(carry, part)` for each microbatch, and returns `carry`.
 
         With `unroll=True` the program has no loop, and still runs one microbatch at a
@@ -207,15 +207,13 @@ class Split:
         cut = divide(tuple(call[place] for place in batches))
 
         def part(i: ArrayLike, last: bool = False) -> Part:
-            here = call | dict(zip(batches, cut(i, last), strict=True))
-            here |= {place: fold_in(call[place], i) for place in keys}
-            return Part(
-                tuple(here[n] for n in range(len(args))),
-                {name: here[name] for name in kwargs},
-                i,
-                tail if last else size,
-                last,
-            )
+            def own() -> tuple[tuple, dict[str, Any]]:
+                here = call | dict(zip(batches, cut(i, last), strict=True))
+                here |= {place: fold_in(call[place], i) for place in keys}
+                by_place = tuple(here[n] for n in range(len(args)))
+                return by_place, {name: here[name] for name in kwargs}
+
+            return Part(own, i, tail if last else size, last)
 
         unit = 2 ** (size - 1).bit_length() if tail else size
         places = frozenset(batches)
@@ -285,8 +283,8 @@ def split(
             "rows of the batch along their first axis."
         )
     keys = check_places("rng_argnums", rng_argnums)
-    if not isinstance(unroll, bool):
-        unroll = check_positive("unroll", unroll)
+    if unroll is not True:  # False is 1, as for `lax.scan`
+        unroll = check_positive("unroll", 1 if unroll is False else unroll)
     return Split(microbatch_size, microbatches, batch, keys, unroll)
 
 
@@ -296,15 +294,10 @@ def _rows_of(
     """Returns `(i, last) -> rows` of microbatch i, or of the tail if `last`."""
     tree = jax.tree.map(jnp.asarray, tree)
 
-    def columns(x: jax.Array) -> jax.Array:  # the same memory in another shape
-        return x if tail else x.reshape(size, count, *x.shape[1:])
-
-    divided = jax.tree.map(columns, tree)
-
     def cut(i: ArrayLike, last: bool) -> PyTree:
         # By index: a transposed batch would be a second copy in memory, and so would
         # a batch without its tail.
-        def rows(x: jax.Array, column: jax.Array) -> jax.Array:
+        def rows(x: jax.Array) -> jax.Array:
             if last:
                 # `after` hides the start index, so XLA cannot begin the tail before the
                 # scan ends; otherwise both keep activations alive.
@@ -312,9 +305,11 @@ def _rows_of(
             if tail:
                 each = i + count * jnp.arange(size)
                 return x.at[each].get(mode="promise_in_bounds")
-            return lax.dynamic_index_in_dim(column, i, axis=1, keepdims=False)
+            # Here and not before the loop, where a TPU would store the new shape.
+            columns = x.reshape(size, count, *x.shape[1:])
+            return lax.dynamic_index_in_dim(columns, i, axis=1, keepdims=False)
 
-        return jax.tree.map(rows, tree, divided)
+        return jax.tree.map(rows, tree)
 
     return cut
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from .._types import PyTree
 
@@ -96,6 +97,22 @@ def returns_as_it_is(fun: Callable[[PyTree], PyTree], tree: PyTree) -> list[bool
     return [x is y for x, y in zip(jaxpr.invars, jaxpr.outvars, strict=True)]
 
 
+def pruned(fun: Callable[..., Any], *args: Any) -> Any:
+    """`fun(*args)`, arrays, without the equations that they do not need.
+
+    XLA drops them as well. Here they are not lowered, and no effect happens twice.
+    """
+    program, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+    needed, kept = set(filter(_is_variable, program.jaxpr.outvars)), []
+    for eqn in reversed(program.jaxpr.eqns):
+        if not needed.isdisjoint(eqn.outvars):
+            needed.update(filter(_is_variable, eqn.invars))
+            kept.append(eqn)
+    jaxpr = program.jaxpr.replace(eqns=kept[::-1])
+    out = jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts))(*jax.tree.leaves(args))
+    return jax.tree.structure(shapes).unflatten(out)
+
+
 def exchanges(names: tuple[str, ...], fun: Callable[..., Any], *args: Any) -> bool:
     """Whether `fun(*args)` has devices along these mesh axes send each other anything.
 
@@ -138,6 +155,10 @@ def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:
             yield from _walk(inner, inside[skipped:])
         if any(kind is not None for kind in operands):
             known |= dict.fromkeys(eqn.outvars, _COMPUTED)
+
+
+def _is_variable(x: Any) -> bool:
+    return not hasattr(x, "val")
 
 
 def _is_ref(x: Any) -> bool:

@@ -15,12 +15,15 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
+from .._tree import strong
 from .._types import PyTree
 from .jaxprs import hands_on_refs, of_linear_program, sliced, unsafe_refs
 from .loops import at_most_once, reset
 from .varying import typed_like
 
 T = TypeVar("T")
+
+_HOLE = object()  # where an array was
 
 # Whether this JAX adds gradients into the wrong refs; see `unsafe_refs`.
 _MISPLACES = jax.__version_info__ < (0, 11)
@@ -31,6 +34,7 @@ def add_backward(
     params: PyTree,
     sums: PyTree,
     first: jax.Array | None = None,
+    taken: jax.Array | None = None,
 ) -> tuple[Any, PyTree]:
     """Runs `fun` forward, and backward into `sums`.
 
@@ -50,15 +54,17 @@ def add_backward(
     with a warning that gives the memory.
 
     Args:
-      fun: `(params) -> (loss, (taken, aux))`: loss a real scalar; taken, () bool,
-        whether its gradient is to be added, or None for always; aux any tree.
+      fun: `(params) -> (loss, (values, aux))`: loss a real scalar; values and aux any
+        trees.
       params: the parameters; each leaf a float array or None.
       sums: the accumulator, of the same structure, in any float dtypes.
       first: () bool, the window opens here: what `sums` holds is not to be read. None
         if it never does.
+      taken: () bool, whether the gradient is added; None for always. Where it is not,
+        `values` are zeros, and nothing is computed if `aux` has no leaves.
 
     Returns:
-      `(aux, sums)`.
+      `((values, aux), sums)`.
     """
     failure = None
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, sums))):
@@ -69,11 +75,11 @@ def add_backward(
                 if ported is None:
                     break
                 run = functools.partial(_add_backward, fun, ported)
-                return _isolated(run, params, sums, first)
+                return _isolated(run, params, sums, first, taken)
             except Exception as error:  # one of `fun` itself comes again below
                 failure = repr(error).splitlines()[0]
     every = jax.tree.map(lambda _: True, params)
-    out = _add_backward(fun, every, params, sums, first)
+    out = _add_backward(fun, every, params, sums, first, taken)
     if failure is not None:
         warnings.warn(
             f"JAX {jax.__version__} could not add this loss's gradient in place "
@@ -90,6 +96,7 @@ def _add_backward(
     params: PyTree,
     sums: PyTree,
     first: jax.Array | None,
+    taken: jax.Array | None,
 ) -> tuple[Any, PyTree]:
     # A port: zeros that hold no data (XLA drops them) and let a parameter's cotangent
     # out in the accumulator's dtype.
@@ -102,21 +109,47 @@ def _add_backward(
 
         return fun(jax.tree.map(value, params, variables, ported))
 
-    def add(sums: PyTree) -> PyTree:
+    def add(vjp: Any, sums: PyTree, seed: jax.Array) -> PyTree:
         refs = jax.tree.map(jax.new_ref, sums)
-        vjp.with_refs(refs)(seed)
+        with jax.named_scope("accumax.backward"):
+            vjp.with_refs(refs)(seed)
         return jax.tree.map(jax.freeze, refs)
 
     variables = jax.tree.map(variable, params, sums, ported)
-    vjp: Any  # its with_refs has no type yet
-    value, vjp, (taken, aux) = jax.vjp(through, variables, has_aux=True)
-    seed = jnp.ones_like(value)
+    if taken is None:
+        value, vjp, aux = jax.vjp(through, variables, has_aux=True)
+        seed = jnp.ones_like(value)
+        if first is not None:
+            sums, seed = reset(sums, first, seed)
+        return aux, add(vjp, sums, seed)
+    # A loop around the backward pass alone would keep the residuals alive to its end:
+    # 2.0 times the temp of the mean loss, for layers that are not scanned. And not with
+    # a seed of 0, by which a NaN would be a NaN still.
+    static: list[Any] = []
+
+    def through_arrays(variables: PyTree) -> Any:
+        value, (values, aux) = through(variables)
+        arrays, *static[:] = _parted(aux)
+        return value, jax.tree.map(strong, (values, arrays))
+
+    value, out = jax.eval_shape(through_arrays, variables)
+    seed = jnp.ones((), value.dtype)
     if first is not None:
         sums, seed = reset(sums, first, seed)
-    with jax.named_scope("accumax.backward"):
-        # Not with a seed of 0, by which a NaN would be a NaN still.
-        sums = add(sums) if taken is None else at_most_once(taken, add, sums)
-    return aux, sums
+
+    def both(carry: Any) -> Any:
+        value, vjp, out = jax.vjp(through_arrays, variables, has_aux=True)
+        return out, add(vjp, carry[1], typed_like(seed, value))
+
+    def forward(aux: list[jax.Array]) -> list[jax.Array]:
+        del aux
+        return through_arrays(variables)[1][1]
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
+    (values, aux), sums = at_most_once(taken, both, (zeros, sums))
+    if aux:
+        aux = at_most_once(~taken, forward, aux)
+    return (values, _joined(aux, *static)), sums
 
 
 @jax.custom_vjp
@@ -140,22 +173,29 @@ _port.defvjp(_port_fwd, _port_bwd)
 
 def _isolated(fun: Callable[..., Any], *args: Any) -> Any:
     """`fun(*args)`, of which nothing stays behind in the caller's trace if it fails."""
-    rest: list[Any] = []
+    static: list[Any] = []
 
     def arrays(*args: Any) -> list[jax.Array]:
-        leaves, structure = jax.tree.flatten(fun(*args))
-        found = [isinstance(x, jax.Array) for x in leaves]
-        others = [None if a else x for x, a in zip(leaves, found, strict=True)]
-        rest[:] = structure, *zip(others, found, strict=True)
-        return [x for x, a in zip(leaves, found, strict=True) if a]
+        found, *static[:] = _parted(fun(*args))
+        return found
 
     program = jax.make_jaxpr(arrays)(*args)
     operands = jax.tree.leaves(args)
     if hands_on_refs(program.jaxpr):
         _unbatched(_probed((operands, program.consts)))
-    traced = iter(jaxpr_as_fun(program)(*operands))
-    structure, *leaves = rest
-    return structure.unflatten([next(traced) if array else x for x, array in leaves])
+    return _joined(jaxpr_as_fun(program)(*operands), *static)
+
+
+def _parted(tree: PyTree) -> tuple[list[jax.Array], Any, list[Any]]:
+    """The arrays of `tree`, its structure, and its leaves without the arrays."""
+    leaves, structure = jax.tree.flatten(tree)
+    arrays = [x for x in leaves if isinstance(x, jax.Array)]
+    return arrays, structure, [_HOLE if isinstance(x, jax.Array) else x for x in leaves]
+
+
+def _joined(arrays: list[jax.Array], structure: Any, leaves: list[Any]) -> PyTree:
+    left = iter(arrays)
+    return structure.unflatten([next(left) if x is _HOLE else x for x in leaves])
 
 
 def is_batched(tree: PyTree) -> bool:
