@@ -9,14 +9,13 @@ Memory is in units of the parameters. "copies" counts the copies and transpositi
 the compiled program, wherever they stand in it (in a loop: once), whose result has the
 shape of a parameter matrix or of one layer of it, in any order of the dimensions. The
 12 below are slices that the scan over layers takes and puts back, with and without
-accumulation; the 13th is the transposed embedding, which the loop around a weighted
-backward pass carries. "moves" are between the memories of a TPU: arrays that are read
+accumulation. "moves" are between the memories of a TPU: arrays that are read
 or written by way of its vector memory. Compile times are for lowering and compilation,
 in seconds and in processor seconds, which other work on the machine disturbs less;
 ratio and bar are of those.
 
-    accumax, compiled, 2026-11-21, jax 0.10.2, optax 0.2.8, accumax 0.1.0
-    H100 80GB (compiled on AMD EPYC x 2, load 3.0)
+    accumax, compiled, 2026-11-26, jax 0.10.2, optax 0.2.8, accumax 0.1.0
+    H100 80GB (compiled on AMD EPYC x 2, load 1.5)
 
     Train step of a transformer, 671 MB
                                  args   temp    sum  /plain  /MultiSteps  copies  moves
@@ -26,7 +25,7 @@ ratio and bar are of those.
     apply_gradients             4.000  1.209  5.209   1.248        1.000      12      0
     train_step                  4.000  0.234  4.234   1.014        0.813      12      0
     train_step(in_place=False)  4.000  1.209  5.209   1.248        1.000      12      0
-    train_step(weighted=True)   4.000  0.388  4.388   1.051        0.842      13      0
+    train_step(weighted=True)   4.000  0.234  4.234   1.014        0.813      12      0
 """
 
 import argparse
