@@ -215,3 +215,54 @@ def test_bad_options_are_errors_that_say_what_to_do():
         pytest.raises(ValueError, match=r"explicit axes \['model'\]"),
     ):
         f(reduce_axis=FSDP(axes, once=True))(sharded(init(), both), BATCH)
+
+
+@pytest.mark.parametrize("form", ["value_and_grad", "train_step"])
+def test_an_explicit_mesh_gathers_no_more_at_a_time_than_an_automatic_one(form):
+    """Scanned layers: all of them at once would be eight times a layer."""
+    stack = jax.ShapeDtypeStruct((8, 256, 256), jnp.float32)
+
+    def loss(stack, x):
+        def layer(h, w):
+            return jnp.tanh(h @ w), None
+
+        return jnp.mean(jax.lax.scan(jax.checkpoint(layer), x, stack)[0] ** 2)
+
+    def takes(kind):
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
+        spec = P(None, "data")
+        options = {"microbatches": 2, "reduce_axis": FSDP("data", spec)}
+
+        def placed(x, spec):
+            sharding = NamedSharding(mesh, spec)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        x = placed(jax.ShapeDtypeStruct((32, 256), jnp.float32), P("data"))
+        params = placed(stack, spec)
+        with jax.set_mesh(mesh):
+            if form == "value_and_grad":
+                run, args = accumax.value_and_grad(loss, **options), (params, x)
+            else:
+                tx = accumax.accumulate(optax.sgd(0.1), 2)
+                run = accumax.train_step(loss, tx, **options)
+                state = jax.eval_shape(tx.init, params)
+                state = jax.tree.map(
+                    lambda x: placed(x, spec if x.ndim else P()), state
+                )
+                args = (params, state, x)
+            analysis = jax.jit(run).lower(*args).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
+
+    assert takes(AxisType.Explicit) <= 1.02 * takes(AxisType.Auto)
+
+
+def test_rows_may_come_from_anywhere_to_an_explicit_mesh_without_set_mesh():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    params = jax.device_put(init(), NamedSharding(mesh, P()))
+    for reduce_axis in (
+        accumax.DataParallel("data", mesh=mesh),
+        FSDP("data", P(), mesh=mesh),
+        FSDP("data", P(), once=True, mesh=mesh),
+    ):
+        f = accumax.grad(loss_fn, microbatch_size=8, reduce_axis=reduce_axis)
+        assert distance(jax.jit(f)(params, BATCH), whole(init(), BATCH)) < 1e-4

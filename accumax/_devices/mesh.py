@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .._types import PyTree
 from .._xla.varying import explicit_axes, is_checked
@@ -102,29 +102,23 @@ class Axes:
         """
         mesh, nested = self.where(), jax.sharding.get_abstract_mesh().manual_axes
         specs = jax.tree.broadcast(specs, args, is_leaf=_is_spec)
-        leaves, structure = jax.tree.flatten(args)
+        on_device, arrays = of_arrays(fun, args)
         each = jax.tree.leaves(specs, is_leaf=_is_spec)
-        where = [i for i, x in enumerate(leaves) if is_array(x)]
-
-        def on_device(*arrays: jax.Array) -> Any:
-            here = dict(zip(where, arrays, strict=True))
-            return fun(
-                *structure.unflatten([here.get(i, x) for i, x in enumerate(leaves)])
-            )
+        each = [each[i] for i in arrays]
 
         # check_vma=False: a loss needs no change then. Under the check, a scan whose
         # carry begins with zeros does. A nested shard_map must check if the outer does.
         mapped = jax.shard_map(
             on_device,
             mesh=None if nested else mesh,
-            in_specs=tuple(each[i] for i in where),
+            in_specs=tuple(each),
             out_specs=out,
             axis_names=set(self.names),
             check_vma=any(map(is_checked, nested)),
         )
-        arrays = [self._placed(leaves[i], each[i]) for i in where]
+        placed = map(self._placed, arrays.values(), each)
         # Without jit, shard_map takes no mesh of which it leaves an axis as it is.
-        return jax.jit(mapped, inline=True)(*arrays)
+        return jax.jit(mapped, inline=True)(*placed)
 
     def check_whole(self, name: str, tree: PyTree) -> None:
         """Checks that no leaf is sharded over these axes, as far as is known now.
@@ -156,7 +150,7 @@ class Axes:
         new = [joined(*entries) for entries in zip(new, others, strict=True)]
         if [joined(x) for x in old] == new:
             return x
-        return jax.sharding.reshard(x, PartitionSpec(*new))
+        return jax.sharding.reshard(x, NamedSharding(self.where(), PartitionSpec(*new)))
 
 
 def axes_of_mesh(axis: Any, mesh: Any) -> Axes:
@@ -183,6 +177,23 @@ def axes_of_mesh(axis: Any, mesh: Any) -> Axes:
     if mesh is not None:
         axes.where()  # raises if the mesh lacks an axis
     return axes
+
+
+def of_arrays(
+    fun: Callable[..., Any], args: tuple
+) -> tuple[Callable[..., Any], dict[int, Any]]:
+    """Returns `fun(*args)` as a function of arrays alone, and the arrays.
+
+    Their keys are their numbers among the leaves of `args`.
+    """
+    leaves, structure = jax.tree.flatten(args)
+    arrays = {i: x for i, x in enumerate(leaves) if is_array(x)}
+
+    def fun_of_arrays(*new: jax.Array) -> Any:
+        here = dict(enumerate(leaves)) | dict(zip(arrays, new, strict=True))
+        return fun(*structure.unflatten(here.values()))
+
+    return fun_of_arrays, arrays
 
 
 def is_array(x: Any) -> bool:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .. import _tree
 from .._types import ArrayLike, PyTree
-from .mesh import Axes, AxisNames, MeshLike, axes_of_mesh
+from .mesh import Axes, AxisNames, MeshLike, axes_of_mesh, of_arrays
 from .one import ONE, Devices
 from .replicated import DataParallel, Replicated, axes_of, on_first
 from .specs import names_in, only, spec_of
@@ -80,10 +80,9 @@ class Shards(Devices):
     def at(self, args: tuple, argnums: tuple[int, ...]) -> Devices:
         pairs = zip(argnums, self.specs, strict=True)
         cuts = {n: cuts_of(self.axes, args[n], specs) for n, specs in pairs}
-        typed = not set(self.axes.explicit).isdisjoint(self.names)
-        if self.once or self.axes.inside or typed:
+        if self.once or self.axes.inside:
             return Sharded(self.axes, cuts, self.once)
-        return ByCompiler(self.axes.where(), cuts)
+        return ByCompiler(self.axes, cuts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +176,21 @@ class ByCompiler(Devices):
     `Sharded` gathers a whole parameter, and layers that are scanned are one.
     """
 
-    mesh: MeshLike
+    axes: Axes
     cuts: dict[int, PyTree]
+
+    @property
+    def sums(self) -> Any:
+        return tuple(map(specs_of, self.cuts.values()))
+
+    def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
+        if not self.axes.explicit:
+            return fun(*args)
+        # Types that say how arrays are sharded would leave XLA nothing to decide.
+        mesh = self.axes.where()
+        out = jax.tree.map(lambda x: NamedSharding(mesh, x), out, is_leaf=_is_spec)
+        on_arrays, arrays = of_arrays(fun, args)
+        return jax.sharding.auto_axes(on_arrays, out_sharding=out)(*arrays.values())
 
     def zeros(self, init: Callable[[PyTree], PyTree], live: PyTree) -> PyTree:
         return self._placed(super().zeros(init, live))
@@ -191,13 +203,15 @@ class ByCompiler(Devices):
 
     def _placed(self, tree: T) -> T:
         """`tree` as the parameters are sharded."""
+        ambient = jax.sharding.get_abstract_mesh()  # without types, in `auto_axes`
+        mesh = self.axes.where() if ambient.empty else ambient
 
         def place(cut: Cut, x: jax.Array) -> jax.Array:
             free = [names or PartitionSpec.UNCONSTRAINED for names in cut.spec]
             free += [PartitionSpec.UNCONSTRAINED] * (x.ndim - len(free))
             if not cut.dims:
                 return x
-            sharding = NamedSharding(self.mesh, PartitionSpec(*free))
+            sharding = NamedSharding(mesh, PartitionSpec(*free))
             return lax.with_sharding_constraint(x, sharding)
 
         return jax.tree.map(place, tuple(self.cuts.values()), tree)
