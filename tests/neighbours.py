@@ -203,25 +203,25 @@ def with_window_gradient(inner):
 INTRO = """\
 # The neighbours of accumulate
 
-What may stand inside `accumax.accumulate(...)`, around it, and be a parameter. Every
-row is run by `tests/test_neighbours.py`, which also writes this page, and which fails
-if Optax has a public transformation that no row knows.
+What you may put inside `accumax.accumulate(...)`, around it, and use as parameters.
+`tests/test_neighbours.py` runs every row and writes this page. It fails if Optax has a
+public transformation that is in no row.
 
 - **exact**: the parameters after some windows are those of the big batch, computed in
   float64 by Optax alone, within twice the rounding error that the big batch itself has
-  in float32 (or in the parameters' own dtype), and an ulp a step. Where the row says
-  something else than the big batch (clipping of each call), that is what is computed
-  in float64.
-- **with a note**: it does what the row says, which is tested; read it first.
+  in float32 (or in the parameters' own dtype), and an ulp a step. If the row names
+  something else than the big batch (clipping of each call), the test computes that in
+  float64.
+- **with a note**: a test shows that it does what the row says; read the row first.
 - **no**: the row says what happens, which is tested, and what to do instead.
 
-`k` is the window's length in calls. Names are Optax's; what your Optax does not have
-yet is of no concern. Everything inside sees one gradient per window, so its steps,
-schedules and periods count windows. Everything outside sees each call.
+`k` is the window's length in calls. Names are Optax's; an older Optax may lack some.
+Everything inside sees one gradient per window, so its steps, schedules and periods
+count windows. Everything outside sees each call.
 
 **The rule for outside**: before `accumulate` in a chain, a transformation changes each
-call's gradient. After it, it sees -0.0 in every call but the last of a window, so it
-must give 0 for 0, and its memory, if it has one, runs in calls.
+call's gradient. After `accumulate`, it sees -0.0 in every call but the last of a
+window. So it must return 0 for 0, and its state, if any, advances in every call.
 """
 TITLES = {
     "inside": "Inside: `accumulate(inner, k)`",
@@ -246,10 +246,10 @@ updates, opt_state = tx.update(
 )
 ```
 
-`value_fn` runs on the whole window at once; write it with `accumax.microbatch` where
-that does not fit. If the rows of a window are at hand in one call anyway, then
-`accumax.value_and_grad(loss_fn, microbatch_size=...)` and Optax's own `lbfgs` are
-simpler: `value` and `grad` are what it returns.
+`value_fn` runs on the whole window at once. If that does not fit in memory, write it
+with `accumax.microbatch`. If one call has all rows of a window, it is simpler to pass
+the `value` and `grad` of `accumax.value_and_grad(loss_fn, microbatch_size=...)` to
+Optax's own `lbfgs`.
 """
 
 

@@ -56,7 +56,7 @@ def _():
 def _():
     """`accumulate(optax.lookahead(adam, sync_period=6, slow_step_size=0.5), k)` |
     `sync_period` counts windows. Parameters are `optax.LookaheadParams`; `train_step`
-    calls the loss with the fast ones."""
+    calls the loss with the fast parameters."""
     params = optax.LookaheadParams.init_synced(init())
     tx = accumulate(optax.lookahead(SGD, 2, 0.5), K)
     got, _ = accumulated(tx, params, form="train_step")
@@ -66,7 +66,7 @@ def _():
 @inside("`contrib.mechanize`", optax_names="contrib.mechanize")
 def _():
     """`accumulate(optax.contrib.mechanize(adam), k)` | Its state holds the initial
-    parameters, so with donation give `tx.init` a copy of them, as in Optax alone."""
+    parameters, so with donation pass a copy of them to `tx.init`, as in Optax alone."""
     is_inside(contrib.mechanize(SGD, s_init=0.1))
     params = init()
     held = accumulate(contrib.mechanize(SGD), K).init(params).inner_opt_state.x0
@@ -79,9 +79,9 @@ def _():
     works="with a note",
 )
 def _():
-    """`accumulate(optax.chain(as_parameters, optax.novograd(3e-4)), k)` | They want
-    gradients of the parameters' dtype, in Optax alone too, and get the float32 mean
-    here: a TypeError. Cast it: `as_parameters = optax.stateless(lambda g, p:
+    """`accumulate(optax.chain(as_parameters, optax.novograd(3e-4)), k)` | They need
+    gradients in the parameters' dtype, in Optax alone too. Here they get the float32
+    mean: a TypeError. Cast the mean: `as_parameters = optax.stateless(lambda g, p:
     optax.tree.cast_like(g, p))`."""
     as_parameters = optax.stateless(lambda g, p: optax.tree.cast_like(g, p))
     half = init(jnp.bfloat16)
@@ -100,10 +100,10 @@ def sam_of_windows(params, calls):
 
 @inside("`contrib.sam`, transparent", works="with a note", optax_names="contrib.sam")
 def _():
-    """`accumulate(optax.contrib.sam(sgd, ascent), k)` | Windows alternate: one climbs,
-    the next descends and goes back; so give each window's data twice, and look at the
-    parameters after the second. `ascent` is `chain(contrib.normalize(),
-    sgd(rho))`. Donation: as `mechanize`."""
+    """`accumulate(optax.contrib.sam(sgd, ascent), k)` | Windows alternate: the first
+    climbs, the second goes back and descends. So pass each window's data twice, and
+    read the parameters after the second time. `ascent` is `chain(contrib.normalize(),
+    sgd(rho))`. Donation: as for `mechanize`."""
     twice = [batch for batch in data(STEPS) for _ in range(2)]
     for form in FORMS:
         tx = accumulate(contrib.sam(SGD, ASCENT), K)
@@ -115,8 +115,8 @@ def _():
 def _():
     """`accumulate(optax.contrib.sam(sgd, ascent, opaque_mode=True), k)` | Exact if
     `grad_fn=` is the gradient of the whole window, for instance `lambda params, i:
-    accumax.grad(loss, microbatch_size=4)(params, window)`; that of the call's rows is
-    another method."""
+    accumax.grad(loss, microbatch_size=4)(params, window)`; with the gradient of the
+    call's rows it is another method."""
     grad = accumax.grad(loss_fn, microbatch_size=6)
 
     def extra(value, call, window):
@@ -135,7 +135,7 @@ def _():
 def _():
     """`accumulate(optax.contrib.sophia(1e-3), k)` | Exact if `obj_fn=` is the loss of
     the whole window; it is used at the boundary. (The random signs differ between
-    float64 and float32, so this row is held against the big batch in float32.)"""
+    float64 and float32, so the test compares with the big batch in float32.)"""
     # With a small gamma it clips nearly all to a sign, which any gradient would have.
     inner = contrib.sophia(0.1, update_interval=1, gamma=10.0)
 
@@ -178,7 +178,8 @@ def _():
 @inside("`zero_nans`", works="with a note", optax_names="zero_nans")
 def _():
     """`accumulate(optax.chain(optax.zero_nans(), adam), k)` | An entry that was NaN in
-    any call is 0 for the window. `nonfinite='skip'` or `'drop'` loses only the call."""
+    any call is 0 for the window. `nonfinite='skip'` or `'drop'` leaves out only the
+    call."""
     tx = accumulate(optax.chain(optax.zero_nans(), optax.sgd(1.0)), 2)
     np.testing.assert_array_equal(final(tx, [[NAN, 1.0], [3.0, 3.0]]), [0, -2])
 
@@ -199,7 +200,7 @@ def _():
 )
 def _():
     """`accumulate(optax.conditionally_mask(sgd, lambda step: step % 2 == 0), k)` |
-    Their steps are windows."""
+    Their steps count windows."""
     inner = optax.chain(
         optax.conditionally_transform(optax.scale(3.0), lambda step: step % 2 == 0),
         optax.conditionally_mask(optax.identity(), lambda step: step > 0),
@@ -212,7 +213,7 @@ def _():
 @inside("`snapshot`", optax_names="snapshot")
 def _():
     """`accumulate(optax.chain(optax.snapshot('norm', optax.tree.norm), adam), k)` |
-    Measures the big gradient: `optax.tree.get(opt_state, 'norm')`."""
+    Measures the big batch's gradient: `optax.tree.get(opt_state, 'norm')`."""
     if snapshot := OPTAX.get("snapshot"):
         tx = accumulate(optax.chain(snapshot("sum", jnp.sum), SGD), 2)
         state = tx.init(jnp.zeros(2))
@@ -227,7 +228,7 @@ def _():
 def _():
     """`optax.chain(optax.monitor(...), accumulate(adam, k))` | Its first update changes
     the structure of its state (also under `lax.scan`, without accumax), so inside it is
-    a TypeError. Outside it measures each call; inside use `snapshot`."""
+    a TypeError. Outside it measures each call. Inside, use `snapshot`."""
     if monitor := OPTAX.get("monitor"):
         norm = optax.tree.norm
         measure = monitor({"norm": norm, "ema": optax.measure_with_ema(norm, 0.9)})
@@ -246,8 +247,8 @@ def _():
 )
 def _():
     """`chain(differentially_private_aggregate(...), accumulate(sgd, k))` | Its
-    gradients have an axis of examples and the parameters have not: a ValueError. Put it
-    outside (see there)."""
+    gradients have an axis of examples, which the parameters lack: a ValueError. Put it
+    outside (see the next table)."""
     private = contrib.differentially_private_aggregate(1.0, 0.0, key=jax.random.key(0))
     tx = accumulate(private, 2)
     with pytest.raises(ValueError, match=r"grads has shape \(5, 3\).*\(3,\) there"):

@@ -115,8 +115,8 @@ def _():
 )
 def _():
     """`accumulate(optax.contrib.muon(0.02), k)` | The mean is orthogonalised, or
-    projected, once per window; Muon takes Adam for what is not a matrix. GaLore does
-    not take None among the parameters, in Optax alone as here."""
+    projected, once per window; Muon uses Adam for parameters that are not matrices.
+    GaLore does not accept None among the parameters, in Optax alone either."""
     is_inside(contrib.muon(0.02), form="apply_gradients")
     if galore := OPTAX.get("contrib.galore"):
         params = init() | {"out": init()["out"][:1]}
@@ -128,8 +128,8 @@ def _():
     optax_names="clip clip_by_global_norm clip_by_block_rms adaptive_grad_clip",
 )
 def _():
-    """`accumulate(optax.chain(clip, adam), k)` | Of the big gradient: `clip`,
-    `clip_by_global_norm`, `clip_by_block_rms`, `adaptive_grad_clip`."""
+    """`accumulate(optax.chain(clip, adam), k)` | Clips the big batch's gradient:
+    `clip`, `clip_by_global_norm`, `clip_by_block_rms`, `adaptive_grad_clip`."""
     is_inside(optax.chain(optax.clip(0.05), optax.clip_by_block_rms(0.02), SGD))
     clips = optax.adaptive_grad_clip(0.05), optax.clip_by_global_norm(0.03)
     is_inside(optax.chain(*clips, SGD))
@@ -143,8 +143,8 @@ def _():
 def _():
     """`accumulate(optax.chain(adam, optax.add_decayed_weights(1e-2)), k)` | Once per
     window: `add_decayed_weights`, `keep_params_nonnegative`, `freeze`, `set_to_zero`,
-    `selective_transform`, `flatten`. What is frozen does not change by a bit, but it
-    has an accumulator; outside it has none."""
+    `selective_transform`, `flatten`. A frozen parameter does not change by a bit, but
+    it has an accumulator; with `freeze` outside it has none."""
     is_inside(
         optax.chain(
             optax.flatten(optax.trace(0.9)),
@@ -169,7 +169,7 @@ def _():
 )
 def _():
     """`accumulate(optax.partition({'a': adam, 'b': sgd}, labels), k)` | Any
-    composition, and your own by `optax.stateless`."""
+    composition, also of your own `optax.stateless`."""
     labels = {"layer": "a", "out": "b", "scale": "b"}
     mask = {"layer": True, "out": False, "scale": True}
     inner = optax.named_chain(
@@ -187,7 +187,7 @@ def _():
 def _():
     """`accumulate(optax.inject_hyperparams(optax.adam)(learning_rate=schedule), k)` |
     Schedules are read once per window. Set a value by `optax.tree.set(state,
-    learning_rate=...)`; that of the window's last call counts."""
+    learning_rate=...)`; the window uses the value at its last call."""
     schedule = optax.linear_schedule(0.1, 0.01, 3)
     injected = optax.inject_hyperparams(optax.sgd)
     is_inside(injected(learning_rate=schedule), form="train_step")
@@ -206,8 +206,9 @@ def _():
 )
 def _():
     """`accumulate(..., k, averaged_args=('value',))` | Pass `value=` in every call of
-    `tx.update`; the optimizer gets the window's mean. `train_step` passes it by itself.
-    Without `averaged_args` it gets the last microbatch's."""
+    `tx.update`; the optimizer gets the window's mean. `train_step` passes `value=` by
+    itself. Without `averaged_args` the optimizer gets the value of the last
+    microbatch."""
     plateau = contrib.reduce_on_plateau(factor=0.5, patience=1, rtol=0.9)
     is_inside(optax.chain(SGD, plateau), value, averaged_args=("value",))
     is_inside(contrib.momo(0.1), form="train_step", averaged_args=("value",))
@@ -225,8 +226,9 @@ def _():
 def _():
     """`accumulate(with_window_gradient(optax.lbfgs()), k, averaged_args=('value',))` |
     Exact if the search sees the window: `value=` is averaged, `value_fn=` must be the
-    loss of the whole window, and `grad=` its gradient, which no caller has (see below).
-    With `grad=` of the last call and `value_fn` of its rows, it searches there."""
+    loss of the whole window, and `grad=` the gradient of that loss, which no caller has
+    (see below). With `grad=` and `value_fn=` of the last call, it searches on the rows
+    of that call alone."""
 
     def loss(w, batch):
         return jnp.mean((batch["x"] @ w - batch["y"]) ** 2)

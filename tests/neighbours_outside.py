@@ -49,7 +49,7 @@ def moves_within_a_window(tx):
 
 @outside("clipping")
 def _():
-    """`chain(clip, accumulate(adam, k))` | Of each call's gradient."""
+    """`chain(clip, accumulate(adam, k))` | Clips each call's gradient."""
     clip = optax.clip_by_global_norm(0.5)
 
     def clipped(params, call):
@@ -63,8 +63,8 @@ def _():
 def _():
     """`chain(differentially_private_aggregate(c, s / k**0.5, key), accumulate(sgd, k))`
     | Each example is clipped, and k draws of noise are averaged: with noise multiplier
-    s / √k their sum is distributed as the big batch's one draw with s. Only what leaves
-    the window may then be published."""
+    s / √k their sum is distributed as the big batch's one draw with s. Then publish
+    only the result of the window."""
 
     def private(noise, inner):
         key = jax.random.key(0)
@@ -128,8 +128,8 @@ def _():
 
 @outside("what has a memory, noise or decay, before it", works="with a note")
 def _():
-    """`chain(optax.trace(0.9), accumulate(sgd, k))` | Runs in every call: momentum over
-    calls, k draws of noise whose mean is smaller by √k."""
+    """`chain(optax.trace(0.9), accumulate(sgd, k))` | Runs in every call: momentum is
+    over calls, k draws of noise whose mean is smaller by √k."""
     tx = optax.chain(optax.trace(0.5), accumulate(optax.sgd(1.0), 2))
     assert final(tx, [2.0, 4.0]) == -(2 + (4 + 0.5 * 2)) / 2
 
@@ -137,8 +137,9 @@ def _():
 @outside("`masked`", works="with a note")
 def _():
     """`chain(masked(accumulate(adam, k), mask), masked(set_to_zero(), rest))` | As
-    inside, and what is masked has no accumulator. As always with `masked`, the other
-    leaves' updates are their gradients unless something follows: or use `partition`."""
+    inside, and leaves that the mask leaves out have no accumulator. As always with
+    `masked`, the updates of these leaves are their gradients unless something follows.
+    Or use `partition`."""
     mask = {"layer": True, "out": False, "scale": True}
     rest = jax.tree.map(lambda m: not m, mask)
 
@@ -158,8 +159,9 @@ def _():
 @outside("`partition`, `multi_transform`, `freeze`, `selective_transform`")
 def _():
     """`partition({'a': accumulate(adam, 4), 'b': accumulate(sgd, 2)}, labels)` | Each
-    label has windows of its own, and a frozen one (`set_to_zero`) no accumulator. With
-    equal windows as inside; with others each group steps when its own window closes."""
+    label has its own windows; a frozen label (`set_to_zero`) has no accumulator. With
+    equal windows, as inside. With unequal windows, each group steps when its window
+    closes."""
     labels = {"layer": "a", "out": "b", "scale": "b"}
     split = {"a": ADAM, "b": SGD}
     outer = {label: accumulate(inner, K) for label, inner in split.items()}
@@ -189,8 +191,8 @@ def _():
 @outside("`inject_hyperparams`", works="with a note")
 def _():
     """`inject_hyperparams(lambda rate, every: accumulate(sgd(rate), every))(...)` |
-    Even the window can be a hyperparameter. Schedules are read in every call: give them
-    in calls."""
+    Even the window can be a hyperparameter. Schedules are read in every call: define
+    them in calls."""
     rate = optax.linear_schedule(0.1, 0.0, K * STEPS)
 
     def make(rate, every):
@@ -210,9 +212,9 @@ def _():
 
 @outside("`apply_if_finite`", works="with a note")
 def _():
-    """`apply_if_finite(accumulate(adam, k), 5)` | A call with a NaN is as if never
-    made, as by `nonfinite='skip'`, until 5 in a row; `has_updated` then still speaks
-    of the call before."""
+    """`apply_if_finite(accumulate(adam, k), 5)` | A call with a NaN has no effect, as
+    with `nonfinite='skip'`, until 5 in a row. After such a call `has_updated` still
+    describes the call before."""
     tx = optax.apply_if_finite(accumulate(optax.sgd(1.0), 2), 5)
     assert final(tx, [1.0, NAN]) == 0
     assert final(tx, [1.0, NAN, 3.0]) == -2
@@ -229,9 +231,10 @@ def _():
 )
 def _():
     """`conditionally_mask(accumulate(adam, k), condition, forward_extra_args=True)` |
-    `nonfinite='skip'` for the first. For others a call that the condition refuses is as
-    if never made: `tx.update(..., norm=norm)` with `lambda step, norm: norm < 9`. Its
-    steps are calls. `conditionally_transform` would let the gradient through."""
+    In place of `skip_not_finite` use `nonfinite='skip'`. For other conditions, a call
+    that the condition refuses has no effect: `tx.update(..., norm=norm)` with `lambda
+    step, norm: norm < 9`. Its steps count calls. `conditionally_transform` would let
+    the gradient through."""
 
     def small(step, norm):
         return norm < 9
@@ -263,8 +266,8 @@ def _():
 @outside("`apply_every`, `lookahead`", works="with a note")
 def _():
     """`lookahead(accumulate(adam, k), sync_period=6 * k, slow_step_size=0.5)` | As
-    inside, but their periods are in calls. Not with `reset_state=True`, which
-    multiplies the state's flags."""
+    inside, but their periods count calls. Do not use `reset_state=True`: it multiplies
+    the state's flags."""
     tx = optax.chain(accumulate(SGD, K), optax.apply_every(2 * K))
     got, _ = accumulated(tx)
     is_exact(got, optax.chain(SGD, optax.apply_every(2)))
@@ -278,10 +281,10 @@ def _():
 
 @outside("`contrib.sam`", works="with a note")
 def _():
-    """`sam(accumulate(sgd, k), ascent, opaque_mode=True)` | Each call climbs by its own
-    rows' gradient, and the mean of the gradients up there is applied: another method
-    than inside (its paper's m-sharpness). Without `opaque_mode` it multiplies the
-    state's flags, so that `lax.scan` refuses it."""
+    """`sam(accumulate(sgd, k), ascent, opaque_mode=True)` | Each call climbs by the
+    gradient of its rows. The mean of the gradients at these points is applied: another
+    method than inside (m-sharpness in the paper of SAM). Without `opaque_mode` it
+    multiplies the state's flags, so `lax.scan` refuses it."""
 
     def extra(value, call, window):
         return {"grad_fn": lambda params, i: jax.grad(loss_fn)(params, call)}
@@ -302,9 +305,9 @@ def _():
 
 @outside("`contrib.schedule_free`, `contrib.mechanize`", works="no")
 def _():
-    """`accumulate(schedule_free(sgd, 0.1), k)` | Around it they average and bet in
-    every call, on updates that are mostly 0: the parameters move within a window. Put
-    them inside."""
+    """`accumulate(schedule_free(sgd, 0.1), k)` | Around `accumulate` they run in every
+    call, on updates that are mostly 0: the parameters move within a window. Put them
+    inside."""
     tx = accumulate(optax.sgd(1.0), 2)
     assert moves_within_a_window(contrib.schedule_free(tx, 0.1))
     assert moves_within_a_window(contrib.mechanize(tx, s_init=0.1))

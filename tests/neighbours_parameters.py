@@ -86,7 +86,8 @@ def _():
 
 @row("dataclasses")
 def _():
-    """`jax.tree_util.register_dataclass(Params, ...)` | Static fields ride along."""
+    """`jax.tree_util.register_dataclass(Params, ...)` | Static fields pass through
+    unchanged."""
     as_parameters(Dataclass, lambda p: p.net)
 
 
@@ -100,8 +101,8 @@ def _():
 @row("Equinox modules")
 def _():
     """`eqx.filter_jit(accumax.train_step(loss, tx))` | `tx.init(model)`, without
-    `eqx.filter`: functions and other static leaves ride along. With `tx.update` take
-    `eqx.filter_grad` and `eqx.apply_updates`."""
+    `eqx.filter`: functions and other static leaves pass through unchanged. With
+    `tx.update` use `eqx.filter_grad` and `eqx.apply_updates`."""
     tx = accumulate(ADAM, K)
 
     def loss(model, batch):
@@ -129,8 +130,8 @@ def _():
 
 @row("integers and PRNG keys", works="with a note")
 def _():
-    """`{'w': w, 'step': 0, 'key': jax.random.key(0)}` | They ride along, unchanged. By
-    `train_step` or `apply_gradients`: `optax.apply_updates` cannot add to a key."""
+    """`{'w': w, 'step': 0, 'key': jax.random.key(0)}` | They pass through unchanged.
+    Use `train_step` or `apply_gradients`: `optax.apply_updates` cannot add to a key."""
     rest = {"step": jnp.int32(7), "key": jax.random.key(3)}
     tx = accumulate(ADAM, K)
 
@@ -163,8 +164,8 @@ def _():
 def _():
     """`accumulate(optax.chain(conjugate, adam), k)` | As in JAX alone, the gradient
     must be conjugated before a step: `conjugate = optax.stateless(lambda g, p:
-    jax.tree.map(jnp.conj, g))`. Inside, it reaches `train_step` too. Adam of the two
-    parts: `contrib.split_real_and_imaginary`."""
+    jax.tree.map(jnp.conj, g))`. Inside, `train_step` applies it too. For Adam on the
+    real and the imaginary part, use `contrib.split_real_and_imaginary`."""
     conjugate = optax.stateless(lambda g, p: jax.tree.map(jnp.conj, g))
     split = optax.contrib.split_real_and_imaginary
     params = {"re": jnp.array([0.3, -0.2, 0.5]), "im": jnp.array([-0.1, 0.4, 0.2])}
