@@ -111,11 +111,11 @@ def minus_zeros_like(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.full_like(x, minus_zero(x.dtype)), tree)
 
 
-def minus_zero(dtype: Any) -> jax.Array:
-    """() `dtype`: -0.0, in both parts of a complex number; 0 for an integer."""
+def minus_zero(dtype: Any) -> complex:
+    """A Python number: -0.0, in both parts of a complex number; 0 for an integer."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        return jnp.asarray(complex(-0.0, -0.0), dtype)
-    return jnp.asarray(-0.0 if jnp.issubdtype(dtype, jnp.inexact) else 0, dtype)
+        return complex(-0.0, -0.0)
+    return -0.0 if jnp.issubdtype(dtype, jnp.inexact) else 0
 
 
 def concrete(x: Any) -> float | None:

@@ -26,19 +26,19 @@ from ._window.state import AccumulateState, accepted
 class TrainState(train_state.TrainState):
     """`flax.training.train_state.TrainState` with windows of several calls.
 
-    Subclass it to add fields, as with Flax's own. A field `batch_stats` is pooled:
-    within a window it stays as it was, and what the calls gave for it is one update
-    when the window closes, with the mean and the variance of all its rows. (What a
-    layer normalises with is still its microbatch.) It may also hold leaves that are not
-    a running mean and variance, which are averaged; integers are the latest.
+    Subclass it to add fields, as with Flax's own. A field `batch_stats` is pooled: it
+    stays the same within a window, and has one update when the window closes, with the
+    mean and the variance of all rows of the window. (A layer still normalises with the
+    rows of its microbatch.) Other leaves of `batch_stats` than running means and
+    variances are averaged; integers keep their latest value.
 
     Attributes:
-      step: () int32, the gradient steps so far, as schedules count them. Random keys
-        that are folded with it repeat within a window: take `microstep` for that.
-      apply_fn, params, tx, opt_state: as Flax's; `tx` is an `accumulate`.
+      step: () int32, the gradient steps so far, as schedules count them. A random key
+        that is folded with `step` repeats within a window; use `microstep` for it.
+      apply_fn, params, tx, opt_state: as in Flax; `tx` is an `accumulate`.
       microstep: () int32, the calls so far.
       pool: the open window's running statistics, None without `batch_stats`.
-      momentum: of each running mean and variance. Static.
+      momentum: the momentum of each running mean and variance. Static.
 
     >>> import accumax.linen, jax, optax
     >>> import flax.linen as nn
@@ -75,23 +75,23 @@ class TrainState(train_state.TrainState):
         momentum: float | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """A state at step 0.
+        """Makes a state at step 0.
 
         Args:
           apply_fn: usually `model.apply`. Static.
           params: the parameters.
-          tx: an optimizer, which `every` wraps in an `accumax.accumulate`; or an
-            `accumulate` with options of its own, outermost.
+          tx: an optimizer, for an `accumax.accumulate` of `every`. Or an `accumulate`,
+            outermost, without `every`.
           every: the calls in a window, or a schedule for it; see `accumax.accumulate`.
-          momentum: that of the `BatchNorm` whose running mean and variance are in
-            `batch_stats`. One for all, or a mapping from their names, as `batch_stats`
-            has them, to momenta or further mappings. Static.
+          momentum: the momentum of each `BatchNorm` that has a running mean and
+            variance in `batch_stats`. One number for all, or a mapping from the names
+            in `batch_stats` to momenta or further mappings. Static.
           **kwargs: the fields of a subclass.
 
         Raises:
-          TypeError: `tx` is no `accumulate`, and `every` is not given.
-          ValueError: it is one, and `every` is given; or `batch_stats` needs a momentum
-            and has none.
+          TypeError: `tx` is not an `accumulate`, and `every` is missing.
+          ValueError: `tx` is an `accumulate`, and `every` is passed too; or
+            `batch_stats` needs a momentum and has none.
         """
         tx = accumulating(tx, every, "linen.TrainState")
         pool, momenta = None, ()
@@ -129,15 +129,15 @@ class TrainState(train_state.TrainState):
         extra_args: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """The state after one more gradient, by `accumax.apply_gradients`: in place.
+        """Adds a gradient in place, by `accumax.apply_gradients`; returns a new state.
 
         Args:
           grads: the gradient of one microbatch, shaped as `params`.
-          weight: () float, the items (examples, tokens) that it stands for, and the
-            rows that `batch_stats` does; 1 by default.
+          weight: () float, the items (examples, tokens) that `grads` stands for. It
+            weighs `batch_stats` too. 1 by default.
           flush: () bool, close the window with this call.
-          extra_args: what the optimizer takes, such as `{"value": loss}`.
-          **kwargs: fields to be replaced, as with Flax's; `batch_stats` is pooled.
+          extra_args: the optimizer's extra arguments, such as `{"value": loss}`.
+          **kwargs: fields to replace, as in Flax; `batch_stats` is pooled.
 
         Raises:
           TypeError, ValueError: as `accumax.apply_gradients`; or `batch_stats` does not
@@ -145,7 +145,7 @@ class TrainState(train_state.TrainState):
         """
         overwritten = {}
         if isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads:
-            # Their "gradients" are their new values, in each call (Flax's fp8).
+            # Flax's fp8: these "gradients" are new values, in each call.
             overwritten[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]
             grads = grads["params"]
         statistics = self._check(kwargs.pop(STATISTICS, None))
@@ -169,7 +169,7 @@ class TrainState(train_state.TrainState):
         )
 
     def flush(self, **extra_args: Any) -> Self:
-        """The state with an open window closed, as `accumax.flush` does."""
+        """Closes an open window, as `accumax.flush` does; returns the new state."""
         self._check(None)
         params, opt_state = flush(
             self.tx, _optimized(self.params), self.opt_state, **extra_args
@@ -193,31 +193,31 @@ class TrainState(train_state.TrainState):
 
         Args:
           loss_fn: `(params, *args, **fields) -> loss`.
-          fields: the names of fields of the state that `loss_fn` takes as keyword
-            arguments. Static, as are all that follow.
-          mutable: the same for those that it also gives anew: it returns `(loss, new)`,
-            where `new` is a mapping with exactly these names, as Flax's `apply` returns
-            it; with aux `(loss, (new, aux))`. `batch_stats` is pooled, in a window and
-            in a call; each call and microbatch gets others as the one before left them.
-          rngs: the same for fields that are PRNG keys, or trees of them. They stay in
-            the state as they are, and each call and microbatch gets keys of its own,
-            by `jax.random.fold_in` with `microstep` and with the microbatch's index.
+          fields: the names of the state's fields that `loss_fn` takes as keyword
+            arguments. Static, as are all arguments below.
+          mutable: the same for fields that `loss_fn` also changes. It returns `(loss,
+            new)`, with aux `(loss, (new, aux))`, where `new` is a mapping with exactly
+            these names, as Flax's `apply` returns it. `batch_stats` is pooled, in a
+            window and in a call. Other fields go from microbatch to microbatch, and
+            from call to call.
+          rngs: the same for fields that are PRNG keys, or trees of keys. The fields do
+            not change. Each call and microbatch gets different keys, by
+            `jax.random.fold_in` with `microstep` and with the microbatch's index.
           has_aux, weighted: as for `accumax.train_step`.
-          batch_argnums: also says, if `batch_stats` is mutable, where the rows are by
-            whose number it is weighed.
-          **options: as for `accumax.train_step`: `microbatch_size` and what goes with
-            it, `in_place`, `reduce_axis` and what goes with that. Statistics are then
-            those of all devices' rows, and keys differ by device; of other mutable
-            fields the last device's are kept.
+          batch_argnums: as for `accumax.train_step`. Without microbatches too, the rows
+            of these arguments weigh a mutable `batch_stats`.
+          **options: as for `accumax.train_step`, such as `microbatch_size`. With
+            `reduce_axis`, statistics are over all devices' rows, keys differ by
+            device, and other mutable fields have the values of the last device.
 
         Returns:
           `step(state, *args, **extra_args) -> (state, loss)`, or `(state, (loss,
           aux))`. Jit it with `donate_argnums=0`. `extra_args` as for
-          `accumax.train_step`: `weight`, `flush`, and what the optimizer takes.
+          `accumax.train_step`: `weight`, `flush`, and those of the optimizer.
 
         Raises:
-          TypeError, ValueError: as `accumax.train_step`; or the state has no such
-            field, or `loss_fn` does not return what is mutable.
+          TypeError, ValueError: as `accumax.train_step`; or the state lacks a named
+            field, or `loss_fn` does not return the mutable fields.
 
         >>> import accumax.linen, jax, optax
         >>> import flax.linen as nn
@@ -294,7 +294,7 @@ class TrainState(train_state.TrainState):
         return step
 
     def _check(self, statistics: PyTree) -> PyTree:
-        """The statistics that came, as the state has them."""
+        """Checks `statistics`, and returns them frozen or not, as in the state."""
         if self.microstep is None:
             name = type(self).__name__
             raise TypeError(f"This {name} was not made by {name}.create(...): make it.")
@@ -321,7 +321,7 @@ class TrainState(train_state.TrainState):
         overwritten: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """The state after a call or flush that gave these; `params` optimized."""
+        """Returns the state after a call or a flush; `params` is the optimized part."""
         if _has_overwritten(self.params):
             params = {**self.params, "params": params, **(overwritten or {})}
         if self.pool is not None:

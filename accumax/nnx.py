@@ -25,14 +25,14 @@ from ._window.state import AccumulateState, accepted
 class Optimizer(nnx.Optimizer):
     """`nnx.Optimizer` with windows of several calls.
 
-    The model's `BatchStat` is pooled, wherever the gradients come from: after a call
-    within a window it is again what it was, and when the window closes it has one
-    update, with the mean and the variance of all rows. (What a layer normalises with is
-    still its microbatch.) Load a model's weights before you make its optimizer.
+    The model's `BatchStat` is pooled, wherever the gradients come from. A call within a
+    window resets it to its old value. When the window closes, it has one update, with
+    the mean and the variance of all rows of the window. (A layer still normalises with
+    the rows of its microbatch.) Load a model's weights before you make its optimizer.
 
     Attributes:
       step, microstep: () uint32, the gradient steps and the calls so far.
-      tx, opt_state, wrt: as those of `nnx.Optimizer`.
+      tx, opt_state, wrt: as in `nnx.Optimizer`.
       pool: the open window's running statistics; None if there are none to pool.
 
     >>> import accumax.nnx, jax, optax
@@ -58,19 +58,19 @@ class Optimizer(nnx.Optimizer):
         every: int | Schedule | None = None,
         batch_stats: bool = True,
     ):
-        """An optimizer at step 0.
+        """Makes an optimizer at step 0.
 
         Args:
           model: the module.
           tx, every: an optimizer, and the calls in a window (or a schedule for it) for
-            an `accumax.accumulate` around it; or an `accumulate`, outermost.
+            an `accumax.accumulate`. Or an `accumulate`, outermost, without `every`.
           wrt: the filter of the variables to optimize, such as `nnx.Param`.
-          batch_stats: whether it pools the model's. Of several optimizers of one model,
-            let one alone do it.
+          batch_stats: whether to pool the model's `BatchStat`. If a model has several
+            optimizers, let only one do it.
 
         Raises:
           TypeError, ValueError: `tx` and `every` do not fit; the model has no variable
-            for `wrt`; or the module of a running mean and variance has no `momentum`.
+            for `wrt`; or a module with a running mean and variance has no `momentum`.
         """
         tx = accumulating(tx, every, "nnx.Optimizer")
         check_some(nnx.state(model, wrt), model, wrt)
@@ -91,16 +91,16 @@ class Optimizer(nnx.Optimizer):
         flush: ArrayLike = False,
         **kwargs: Any,
     ) -> Any:
-        """One more gradient, in place; no updates are built, and so none returned.
+        """Adds one gradient, in place; builds no updates, and so returns none.
 
-        It raises what `accumax.apply_gradients` does, before anything is changed.
+        It raises the errors of `accumax.apply_gradients`, before anything is changed.
 
         Args:
-          model, grads: the module, and the gradient of one microbatch as of `nnx.grad`.
-          weight: () float, the items (examples, tokens) that it stands for, and the
-            rows that the model's `BatchStat` has seen; 1 by default.
+          model, grads: the module, and one microbatch's gradient as from `nnx.grad`.
+          weight: () float, the items (examples, tokens) that `grads` stands for. It
+            weighs the model's `BatchStat` too. 1 by default.
           flush: () bool, close the window with this call.
-          **kwargs: what the optimizer takes, such as `value=loss`.
+          **kwargs: the optimizer's extra arguments, such as `value=loss`.
         """
         params, after = apply_gradients(
             self.tx,
@@ -114,7 +114,7 @@ class Optimizer(nnx.Optimizer):
         self._after(model, params, after, 1.0 if weight is None else weight)
 
     def flush(self, model: Any, **kwargs: Any) -> None:
-        """Closes an open window as `accumax.flush` does, whose `kwargs` these are."""
+        """Closes an open window, as `accumax.flush` does with these `kwargs`."""
         state = nnx.as_pure((nnx.state(model, self.wrt), self.opt_state))
         params, after = flush(self.tx, *state, **nnx.as_pure(kwargs))
         self._after(model, params, after, None)
@@ -127,7 +127,7 @@ class Optimizer(nnx.Optimizer):
         rows: ArrayLike | None,
         base: PyTree = None,
     ) -> None:
-        """Writes what a call of `rows` rows, or a flush, gave that found `base`."""
+        """Writes the result of a call from statistics `base`; a flush has no `rows`."""
         before, count = nnx.as_pure(self.opt_state), optax.safe_increment
         if self.pool is not None:
             new = nnx.as_pure(nnx.state(model, nnx.BatchStat))
@@ -159,24 +159,24 @@ def train_step(
 ) -> Callable[..., Any]:
     """`accumax.train_step` for modules: no gradient tree.
 
-    The model's `BatchStat` is pooled over a window; that of modules in other arguments
-    (a GAN's generator) over a call. All else that the loss changes in its modules, such
-    as the counts of their `Rngs`, is handed from call to call and to each microbatch,
-    which so have dropout masks of their own. A refused call leaves it as it was.
+    The model's `BatchStat` is pooled over a window. The `BatchStat` of modules in other
+    arguments (a GAN's generator) is pooled over a call. Other variables that the loss
+    changes, such as the counts of `Rngs`, go from microbatch to microbatch and from
+    call to call, so dropout masks differ. A refused call does not change them.
 
     Args:
-      loss_fn: `(model, *args) -> loss`; other arguments may be or hold modules too, or
-        `nnx.Rngs`. They must keep their structure.
-      has_aux, weighted, **options: as for `accumax.train_step`: `microbatch_size` and
-        what goes with it, `in_place`, `reduce_axis`. Static, as is `batch_argnums`.
-      batch_argnums: says also, if there is a `BatchStat`, where the rows are by whose
-        number it is weighed.
+      loss_fn: `(model, *args) -> loss`. Other arguments may be or hold modules too, or
+        `nnx.Rngs`. The loss must not change the structure of any module.
+      has_aux, weighted, **options: as for `accumax.train_step`, such as
+        `microbatch_size` and `reduce_axis`. Static, as is `batch_argnums`.
+      batch_argnums: as for `accumax.train_step`. Without microbatches too, the rows of
+        these arguments weigh a `BatchStat`.
 
     Returns:
-      `step(model, optimizer, *args, **extra_args) -> loss`, or `(loss, aux)`, which
-      changes the modules and the `accumax.nnx.Optimizer` in place, within `nnx.jit`, or
-      within `jax.jit` with `nnx.split` and `nnx.merge`. `extra_args` as for
-      `accumax.train_step`, and it raises what that does.
+      `step(model, optimizer, *args, **extra_args) -> loss`, or `(loss, aux)`. It
+      changes the modules and the `accumax.nnx.Optimizer` in place. Call it within
+      `nnx.jit`, or within `jax.jit` with `nnx.split` and `nnx.merge`. `extra_args` and
+      errors are those of `accumax.train_step`.
 
     >>> import accumax.nnx, optax
     >>> import jax.numpy as jnp
@@ -238,18 +238,19 @@ def value_and_grad(
     """`nnx.value_and_grad` of the whole batch, at the memory of one microbatch.
 
     `BatchStat` has one update for the batch, with the mean and the variance of all its
-    rows. All else is handed from microbatch to microbatch, as by `train_step`.
+    rows. Other variables go from microbatch to microbatch, as in `train_step`.
 
     Args:
       f: `(model, *args) -> loss`, as for `train_step`.
-      argnums: as for `nnx.value_and_grad`: the positions of what is differentiated; of
-        modules their `nnx.Param`, or what the filter of an `nnx.DiffState` says.
+      argnums: the positions of the arguments to differentiate, as for
+        `nnx.value_and_grad`. In a module it differentiates the `nnx.Param`, or the
+        variables that the filter of an `nnx.DiffState` selects.
       has_aux, weighted, batch_argnums, **options: as for `accumax.value_and_grad`,
         such as `microbatch_size`.
 
     Returns:
-      A function of the arguments of `f` that returns and raises what that of
-      `accumax.value_and_grad` does; the gradient of a module is an `nnx.State`.
+      A function of the arguments of `f`, with the results and errors of
+      `accumax.value_and_grad`. The gradient of a module is an `nnx.State`.
 
     >>> import accumax.nnx
     >>> import jax.numpy as jnp

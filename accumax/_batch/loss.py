@@ -1,6 +1,7 @@
 """Loss functions in one form: with a checked return value and a state."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -141,7 +142,7 @@ class Call:
     given: PyTree = ()
     state: PyTree = ()
 
-    @property
+    @functools.cached_property
     def live(self) -> tuple[PyTree, ...]:
         """The differentiated part of each argument in `argnums`."""
         return tuple(live_part(self.args[n]) for n in self.argnums)

@@ -1,1 +1,1 @@
-"""Which device has what."""
+"""How rows, parameters and sums are divided over devices."""

@@ -33,10 +33,10 @@ class Axes:
 
     @property
     def inside(self) -> bool:
-        """Whether the traced code runs on one device, in a `jax.shard_map` over them.
+        """Whether the traced code runs in a `jax.shard_map` over these axes.
 
         Raises:
-          ValueError: the `shard_map` is over some of them only.
+          ValueError: the `shard_map` is over some of the axes only.
         """
         manual = jax.sharding.get_abstract_mesh().manual_axes
         here = [name for name in self.names if name in manual]
@@ -64,19 +64,19 @@ class Axes:
 
     @property
     def explicit(self) -> tuple[str, ...]:
-        """All axes of the mesh that are in the types of arrays."""
+        """All explicit axes of the mesh: the types of arrays contain them."""
         return explicit_axes(self.where())
 
     @property
     def alone(self) -> bool:
-        """Whether the mesh has no other axis along which anything could be divided."""
+        """Whether all other axes of the mesh have size 1."""
         return math.prod(self.where().shape.values()) == self.count
 
     def where(self) -> MeshLike:
         """The mesh.
 
         Raises:
-          ValueError: there is none, or it lacks an axis.
+          ValueError: there is no mesh, or it lacks an axis.
         """
         ambient = jax.sharding.get_abstract_mesh()
         mesh = ambient if self.mesh is None or ambient.manual_axes else self.mesh
@@ -94,7 +94,7 @@ class Axes:
         return mesh
 
     def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
-        """`fun(*args)` on each device, in a `jax.shard_map` over these axes alone.
+        """Runs `fun(*args)` on each device, in a `jax.shard_map` over only these axes.
 
         `specs` and `out` are pytree prefixes of the arguments and of the results. They
         name these axes only: the mesh's other axes stay as they are. A leaf that is not
@@ -106,7 +106,7 @@ class Axes:
         each = jax.tree.leaves(specs, is_leaf=_is_spec)
         each = [each[i] for i in arrays]
 
-        # check_vma=False: a loss needs no change then. Under the check, a scan whose
+        # check_vma=False, so that a loss needs no change. Under the check, a scan whose
         # carry begins with zeros does. A nested shard_map must check if the outer does.
         mapped = jax.shard_map(
             on_device,
@@ -117,14 +117,14 @@ class Axes:
             check_vma=any(map(is_checked, nested)),
         )
         placed = map(self._placed, arrays.values(), each)
-        # Without jit, shard_map takes no mesh of which it leaves an axis as it is.
+        # Without jit, shard_map refuses a mesh with an axis that it is not over.
         return jax.jit(mapped, inline=True)(*placed)
 
     def check_whole(self, name: str, tree: PyTree) -> None:
-        """Checks that no leaf is sharded over these axes, as far as is known now.
+        """Checks that no leaf is sharded over these axes, if its sharding is known.
 
         Raises:
-          ValueError: one is.
+          ValueError: a leaf is sharded over them.
         """
         leaves = () if self.inside else jax.tree_util.tree_leaves_with_path(tree)
         for path, x in leaves:
@@ -139,7 +139,7 @@ class Axes:
                 )
 
     def _placed(self, x: Any, spec: PartitionSpec) -> jax.Array:
-        """`x` sharded by `spec`, as a mesh with explicit axes demands it."""
+        """Reshards `x` to `spec` if the mesh has explicit axes, which require it."""
         x = jnp.asarray(x)
         if not self.explicit:
             return x
@@ -154,7 +154,7 @@ class Axes:
 
 
 def axes_of_mesh(axis: Any, mesh: Any) -> Axes:
-    """The axes of these names.
+    """Returns the axes that `axis` names.
 
     Raises:
       TypeError: `axis` is not a name or a sequence of names, or `mesh` is not a mesh.
@@ -182,9 +182,9 @@ def axes_of_mesh(axis: Any, mesh: Any) -> Axes:
 def of_arrays(
     fun: Callable[..., Any], args: tuple
 ) -> tuple[Callable[..., Any], dict[int, Any]]:
-    """Returns `fun(*args)` as a function of arrays alone, and the arrays.
+    """Returns `fun(*args)` as a function of its arrays, and the arrays.
 
-    Their keys are their numbers among the leaves of `args`.
+    The keys of the arrays are their indices among the leaves of `args`.
     """
     leaves, structure = jax.tree.flatten(args)
     arrays = {i: x for i, x in enumerate(leaves) if is_array(x)}

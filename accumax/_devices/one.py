@@ -1,4 +1,4 @@
-"""The interface of all kinds of devices, and the kind that is one device."""
+"""The interface for devices, and its implementation for one device."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,16 +17,16 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """One device, on which each method is the identity or calls what it is passed.
+    """One device: each method is the identity, or calls the function it is passed.
 
-    `Replicated`, `PerDevice` and `Sharded` are the other kinds; each overrides what
-    differs. The code outside of this folder calls the methods and never asks for the
-    kind. *On a device* is code that `map` runs, or that runs in a `jax.shard_map`.
+    Subclasses for several devices, such as `Replicated`, `PerDevice` and `Sharded`,
+    override methods. Code outside this folder calls the methods and never tests the
+    class. Code is *on a device* if `map` runs it, or if it is in a `jax.shard_map`.
 
     Attributes:
       names: the mesh axes; () for one device.
-      needs_rows: whether each call must say which arguments hold rows, because devices
-        divide them.
+      needs_rows: whether each call must name the arguments that hold rows, because
+        devices divide the rows.
       in_place: whether a backward pass may add into the sums of a device in place.
     """
 
@@ -40,20 +40,20 @@ class Devices:
 
     @property
     def divides(self) -> int:
-        """By how many devices `map` divides the rows of a call."""
+        """The number of devices over which `map` divides the rows of a call."""
         return 1
 
     # Before a call.
 
     def at(self, args: tuple, argnums: tuple[int, ...]) -> "Devices":
-        """The same for a call that is differentiated at `argnums`; checks `args`."""
+        """Returns the devices of a call differentiated at `argnums`; checks `args`."""
         del args, argnums
         return self
 
     def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
-        """`fun(*args)` on each device.
+        """Runs `fun(*args)` on each device.
 
-        `specs` and `out` say how arguments and results are divided: pytree prefixes.
+        `specs` and `out` are the shardings of arguments and results, pytree prefixes.
         """
         del specs, out
         return fun(*args)
@@ -69,22 +69,22 @@ class Devices:
         return PartitionSpec()
 
     def arg(self, n: int, x: PyTree, spec: PartitionSpec) -> Any:
-        """The specs of argument n, where `spec` is that of rows or of shared data."""
+        """Returns the specs of argument n: `spec`, unless parameters are sharded."""
         del n, x
         return spec
 
     # On a device.
 
     def vary(self, tree: T) -> T:
-        """`tree` as a value that differs by device, so that its gradient does too."""
+        """Makes `tree` device-varying, so that its gradient is per-device."""
         return tree
 
     def sum(self, tree: T) -> T:
-        """The sum of what the devices hold."""
+        """Sums `tree` over devices: an all-reduce."""
         return tree
 
     def last(self, x: jax.Array) -> jax.Array:
-        """`x` of the last device."""
+        """Returns the `x` of the last device, on every device."""
         return x
 
     def any(self, flags: jax.Array) -> jax.Array:
@@ -96,34 +96,32 @@ class Devices:
         return flags
 
     def same(self, name: str, x: jax.Array) -> jax.Array:
-        """`x`, () float, which must not differ by device; `name` is for the error."""
+        """Returns `x`, () float, which must be replicated; `name` is for the error."""
         del name
         return x
 
     def own_keys(self, keys: T) -> T:
-        """PRNG keys of this device, from keys that all devices hold."""
+        """Derives the PRNG keys of this device from replicated `keys`."""
         return keys
 
     def reduce(self, own: T, fun: Callable[["Devices"], T]) -> T:
-        """What all devices hold together: `fun(self)` computes it from what each has.
-
-        `own` is what this device has, and the result on one device.
-        """
+        """Returns `fun(self)`: it reduces `own` over devices; `own` for one device."""
         del fun
         return own
 
     def check_own(self, name: str, tree: PyTree) -> None:
-        """Checks that `tree` is what one device computed, and not reduced already."""
+        """Checks that `tree` is per-device, and not reduced already."""
 
     def agreement(
         self, gradients: list[Callable[..., Any]], *args: Any
     ) -> tuple[Callable[[jax.Array], jax.Array], bool]:
-        """How devices agree on microbatches that are left out: `(agree, in_place)`.
+        """Returns `(agree, in_place)`: how devices leave out microbatches of weight 0.
 
-        A weighted backward pass in place does not run where the weight is 0. That is
-        safe on a device if no other one waits for it. `agree` is from the flags of one
-        device, true where its microbatch counts, to those by which it may be left out.
-        `gradients` compute the gradients of `args` that may exchange something.
+        A weighted backward pass in place does not run where the weight is 0. A device
+        may leave it out by itself only if no other device waits for its data.
+        `in_place` is False if a device might wait. `agree` maps a device's flags, true
+        where its microbatch has weight, to flags that are true where the pass must run.
+        `gradients`, functions of `args`, compute gradients and may communicate.
         """
         del gradients, args
         return _identity, True
@@ -131,35 +129,35 @@ class Devices:
     # The parameters and the sums of their gradients, within a call.
 
     def zeros(self, init: Callable[[PyTree], PyTree], live: PyTree) -> PyTree:
-        """-0.0 to add gradients to, of the shapes that `init(live)` has."""
+        """Returns -0.0 to add gradients to, in the shapes of `init(live)`."""
         return _tree.minus_zeros_like(init(live))
 
     def begin(self, sums: T, zeros: Callable[[], T]) -> tuple[Any, T]:
-        """`(held, sums)`: what this call adds to, where `sums` are to be continued."""
+        """Returns `(held, sums)`: a call adds to these sums; `end` adds `held`."""
         del zeros
         return (), sums
 
     def end(self, held: Any, sums: T) -> T:
-        """The sums of all devices, from what `begin` gave and the call added to."""
+        """Reduces `sums` after a call and adds `held`; `PerDevice` reduces later."""
         del held
         return sums
 
     def gather_once(self, live: T) -> T:
-        """The whole parameters, by position, if they are gathered once in a call."""
+        """All-gathers the parameters, by position, if this happens once in a call."""
         return live
 
     def gather(self, live: T, i: ArrayLike) -> T:
-        """The whole parameters, by position, for microbatch i, () integer."""
+        """Returns the whole parameters for microbatch i, () integer, by position."""
         del i
         return live
 
     def scatter(self, grads: T, sums: PyTree, weight: jax.Array) -> tuple[T, jax.Array]:
-        """`(grads, weight)` of a microbatch as they are added to `sums`."""
+        """Returns `(grads, weight)` to add to `sums`, reduce-scattered if sharded."""
         del sums
         return grads, weight
 
     def unstack(self, sums: T) -> T:
-        """A device's sums, on it, from those in a state."""
+        """Returns the sums of this device, without the device axis of a state."""
         return sums
 
     def stack(self, sums: T) -> T:
@@ -169,10 +167,10 @@ class Devices:
     # A window, across calls.
 
     def join(self, other: "Devices") -> "Devices":
-        """The devices of a step, where `self` are those of its window.
+        """Combines the devices of a window with `other`, the devices of its step.
 
         Raises:
-          ValueError: they do not go together.
+          ValueError: the two do not go together.
         """
         return other
 
@@ -181,39 +179,39 @@ class Devices:
         return init(grads)
 
     def check_inside(self) -> None:
-        """Checks that a gradient that was passed is that of one device."""
+        """Checks that this code is on a device, where gradients are per-device."""
 
     def on_each(
         self, fun: Callable[..., Any], own: tuple, same: tuple
     ) -> tuple[Any, Any]:
-        """`fun(*own, *same)` on each device: `(own, same)` again.
+        """Runs `fun(*own, *same)` on each device, which returns a new `(own, same)`.
 
-        `own` are trees that each device has for itself, as sums in a state are; `same`
-        are equal on all.
+        `own` are per-device trees, in the layout of sums in a state. `same` are
+        replicated.
         """
         return fun(*own, *same)
 
     def total(self, sums: T) -> T:
-        """The sum over devices of the sums in a state, as a gradient is."""
+        """Sums a state's sums over devices. The result has the layout of a gradient."""
         return sums
 
     def boundary(
         self, applies: jax.Array, fun: Callable[[T, Any], T], carry: T, sums: PyTree
     ) -> tuple[T, PyTree]:
-        """`(fun(carry, total), sums)` if `applies`, () bool; in place.
+        """Runs `carry = fun(carry, total)` in place if `applies`, () bool.
 
-        `total` are the sums of all devices. Sums that are only read do not go through
-        the loop: on a GPU they would be copied.
+        It returns `(carry, sums)`. `total` is the sum over devices. On one device the
+        sums are only read, so they do not go through the loop: a GPU would copy them.
         """
         return at_most_once(applies, lambda carry: fun(carry, sums), carry), sums
 
     def shapes(self, name: str, sums: PyTree) -> PyTree:
-        """Sums in a state, or their shapes, as one device has them."""
+        """Returns `sums` of a state, or shapes, with the shapes of one device."""
         del name
         return sums
 
     def as_replicated(self, grads: PyTree) -> PyTree:
-        """A gradient, or its shapes, of the type that it has once it is reduced."""
+        """Returns `grads`, or shapes, with the types of a reduced gradient."""
         return grads
 
 
@@ -221,7 +219,7 @@ ONE = Devices()
 
 
 def fold_in(keys: PyTree, i: ArrayLike) -> PyTree:
-    """Each of `keys`, typed or raw, folded with i, () integer."""
+    """Folds i, () integer, into each of `keys`, typed or raw."""
 
     def fold(key: Any) -> jax.Array:
         return jax.random.fold_in(jnp.asarray(key), jnp.asarray(i, jnp.uint32))

@@ -26,7 +26,7 @@ class Replicated(Devices):
     """Each device has whole parameters; gradients are summed at the end of a call.
 
     Attributes:
-      axes: the mesh axes along which the devices are.
+      axes: the mesh axes of the devices.
     """
 
     axes: Axes
@@ -91,7 +91,7 @@ class Replicated(Devices):
                 "for the rows of all. Let the loss return what its own rows weigh "
                 "(weighted=True), or reduce it."
             )
-        # check_vma=False says nothing; with the mean, all devices go the same way.
+        # Under check_vma=False `x` may differ; with the mean, all devices agree.
         return self.sum(x) / self.count
 
     def own_keys(self, keys: T) -> T:
@@ -118,15 +118,15 @@ class Replicated(Devices):
         self, gradients: list[Callable[..., Any]], *args: Any
     ) -> tuple[Callable[[jax.Array], jax.Array], bool]:
         if any(exchanges(self.names, fun, *args) for fun in gradients):
-            # The loss of the others depends on a device without weight, too.
+            # Other devices need the data of a device whose weight is 0, too.
             return self.any, True
-        # XLA may let devices exchange what they computed along another axis, where
-        # their weights differ.
+        # Beside another mesh axis, XLA may make devices exchange values in the backward
+        # pass, and their weights may differ.
         agree, _ = super().agreement([])
         return agree, self.axes.alone
 
     def begin(self, sums: T, zeros: Callable[[], T]) -> tuple[Any, T]:
-        # Counted on one device, so that no second tree is needed.
+        # Only the first device continues the sums; this needs no second tree.
         return (), jax.tree.map(lambda s: on_first(s, self.names), sums)
 
     def end(self, held: Any, sums: T) -> T:
@@ -135,9 +135,9 @@ class Replicated(Devices):
 
 @dataclasses.dataclass(frozen=True)
 class PerDevice(Replicated):
-    """Each device keeps its own sums for a window; its end sums them, once.
+    """Each device keeps its own sums; one all-reduce at the end of a window adds them.
 
-    In a state, sums have a first axis that is divided over the devices.
+    In a state, sums have an extra first axis, which is sharded over the devices.
     """
 
     @property
@@ -174,9 +174,9 @@ class PerDevice(Replicated):
         return self if other.axes.mesh is None else PerDevice(other.axes)
 
     def init(self, init: Callable[[PyTree], PyTree], grads: PyTree) -> PyTree:
-        """Zeros that each device makes for itself.
+        """Makes zeros on each device.
 
-        Over the mesh's other axes they are sharded as the parameters are.
+        Over the mesh's other axes, the zeros are sharded as the parameters are.
         """
         explicit = self.axes.explicit
         shapes, like = jax.eval_shape(init, grads), _tree.differentiable(grads)
@@ -188,7 +188,7 @@ class PerDevice(Replicated):
             if explicit:
                 return jax.sharding.reshard(x, PartitionSpec(*only(spec, explicit)))
             if not any(map(names_in, spec)):
-                return x  # nothing to say, or nothing that is known under jit
+                return x  # not sharded, or not known under jit
             return lax.with_sharding_constraint(x, spec)
 
         def zeros() -> PyTree:
@@ -223,7 +223,7 @@ class PerDevice(Replicated):
     def boundary(
         self, applies: jax.Array, fun: Callable[[T, Any], T], carry: T, sums: PyTree
     ) -> tuple[T, PyTree]:
-        # Sums that are to be reduced go through the loop, to be reduced in place.
+        # The sums go through the loop, so that they are reduced in place.
         def body(both: tuple[T, PyTree]) -> tuple[T, PyTree]:
             carry, sums = both
             sums, total = self._reduced(sums)
@@ -232,7 +232,7 @@ class PerDevice(Replicated):
         return at_most_once(applies, body, (carry, sums))
 
     def _reduced(self, sums: T) -> tuple[T, T]:
-        """The sum of all devices, as the sums in a state are and as a gradient is."""
+        """Sums over devices; returns the layouts of a state and of a gradient."""
 
         def reduced(sums: T) -> tuple[T, T]:
             total = self.sum(sums)
@@ -259,19 +259,19 @@ class PerDevice(Replicated):
 
 @dataclasses.dataclass(frozen=True)
 class DataParallel:
-    """Devices along a mesh axis: rows are divided, parameters are whole on each.
+    """Data parallelism along a mesh axis: rows are divided, parameters are replicated.
 
-    For `reduce_axis=` of `accumax.accumulate`, `train_step`, `value_and_grad` and
-    `grad`. Each device adds up the gradient of its own rows, and all are reduced once:
-    at the end of a window, or of a call. `reduce_axis="data"` is short for
-    `reduce_axis=DataParallel("data")`.
+    Pass it as `reduce_axis` to `accumax.accumulate`, `train_step`, `value_and_grad` and
+    `grad`. Each device adds up the gradients of its own rows. One all-reduce adds the
+    sums of all devices, at the end of a window or of a call. `reduce_axis="data"` is
+    short for `reduce_axis=DataParallel("data")`.
 
     Args:
-      axis: the mesh axis, or a tuple of several. Other axes stay as they are.
-      mesh: the mesh; that of `jax.set_mesh` by default.
+      axis: the mesh axis, or a tuple of axes. Other axes stay as they are.
+      mesh: the mesh; by default the mesh of `jax.set_mesh`.
 
     Raises:
-      TypeError, ValueError: an argument is none of these, or the mesh lacks the axis.
+      TypeError, ValueError: an argument is of a wrong type, or the mesh lacks the axis.
 
     >>> import accumax, jax
     >>> import jax.numpy as jnp
@@ -295,11 +295,11 @@ class DataParallel:
 
 
 def check_window_axis(reduce_axis: Any) -> Devices:
-    """The devices of a window whose `reduce_axis` is this.
+    """Returns the devices of a window with this `reduce_axis`.
 
     Raises:
-      TypeError, ValueError: it is not None, names or a `DataParallel`, or the mesh
-        lacks an axis.
+      TypeError, ValueError: `reduce_axis` is not None, axis names or a `DataParallel`,
+        or the mesh lacks an axis.
     """
     if reduce_axis is None:
         return ONE
@@ -307,7 +307,7 @@ def check_window_axis(reduce_axis: Any) -> Devices:
 
 
 def axes_of(reduce_axis: Any) -> Axes:
-    """The axes of names or of a `DataParallel`; raises if it is neither."""
+    """Returns the axes of axis names or a `DataParallel`; raises for anything else."""
     if isinstance(reduce_axis, DataParallel):
         return axes_of_mesh(reduce_axis.axis, reduce_axis.mesh)
     return axes_of_mesh(reduce_axis, None)

@@ -1,4 +1,4 @@
-"""Devices over which the parameters are sharded, as the rows are (FSDP)."""
+"""Devices over which both the parameters and the rows are sharded (FSDP)."""
 
 import dataclasses
 import math
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """How a parameter is divided over the devices.
+    """How a parameter is sharded over the devices.
 
     Attributes:
       spec: the sharding, without the mesh's other axes.
-      dims: the dimensions that are divided, and over which axes.
-      rest: the axes along which all devices have the same part.
+      dims: the sharded dimensions, each with its mesh axes.
+      rest: the axes along which the parameter is replicated.
     """
 
     spec: PartitionSpec
@@ -36,19 +36,19 @@ class Cut:
     rest: tuple[str, ...]
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """The whole parameter, from a device's part."""
+        """All-gathers the whole parameter from its shards."""
         for dim, names in self.dims:
             x = lax.all_gather(x, names, axis=dim, tiled=True)
         return x
 
     def scatter(self, x: jax.Array) -> jax.Array:
-        """A device's part of the sum over the devices that have another part."""
+        """Sums `x` over all axes but `rest`, and returns this device's shard."""
         for dim, names in self.dims:
             x = lax.psum_scatter(x, names, scatter_dimension=dim, tiled=True)
         return x
 
     def whole(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the parameter of which a device's part has `shape`."""
+        """Returns the shape of the whole parameter whose shard has `shape`."""
         whole = list(shape)
         for dim, names in self.dims:
             whole[dim] *= math.prod(map(lax.axis_size, names))
@@ -57,14 +57,13 @@ class Cut:
 
 @dataclasses.dataclass(frozen=True)
 class Shards(Devices):
-    """Parameters are sharded over the devices; `at` says how, at each call.
+    """Parameters are sharded over the devices; `at` finds the sharding at each call.
 
     Attributes:
-      axes: the devices.
-      once: parameters are gathered, and gradients are reduced to the device's part,
-        once in a call. Else for each microbatch.
-      specs: for each argument that is differentiated its sharding; None where its
-        arrays say it.
+      axes: the mesh axes of the devices.
+      once: True all-gathers parameters and reduce-scatters gradients once in a call;
+        False does so for each microbatch.
+      specs: the sharding of each differentiated argument; None: that of its arrays.
     """
 
     axes: Axes
@@ -87,10 +86,10 @@ class Shards(Devices):
 
 @dataclasses.dataclass(frozen=True)
 class Sharded(Replicated):
-    """Each device has a part of the parameters, and of the sums of gradients.
+    """Each device has a shard of the parameters and of the gradient sums.
 
     Attributes:
-      cuts: for each position that is differentiated a tree of `Cut`.
+      cuts: a tree of `Cut` for each differentiated position.
       once: see `Shards`.
     """
 
@@ -111,13 +110,13 @@ class Sharded(Replicated):
     def zeros(self, init: Callable[[PyTree], PyTree], live: PyTree) -> PyTree:
         def zero(x: Any, cut: Cut) -> jax.Array:
             shape = x.shape if not self.once else cut.whole(x.shape)
-            return jnp.full(shape, _tree.minus_zero(x.dtype))
+            return jnp.full(shape, _tree.minus_zero(x.dtype), x.dtype)
 
         shapes = jax.eval_shape(init, live)
         return self.vary(jax.tree.map(zero, shapes, tuple(self.cuts.values())))
 
     def begin(self, sums: T, zeros: Callable[[], T]) -> tuple[Any, T]:
-        if self.once:  # whole gradients of this call cannot be added to a part
+        if self.once:  # a whole gradient cannot be added to a shard
             return sums, zeros()
 
         def own(cut: Cut, s: jax.Array) -> jax.Array:
@@ -142,7 +141,7 @@ class Sharded(Replicated):
     def gather(self, live: T, i: ArrayLike) -> T:
         if self.once:
             return live
-        # The barrier keeps XLA from gathering before the loop, once for all.
+        # The barrier keeps XLA from moving the all-gather out of the loop.
         live, _ = lax.optimization_barrier((live, jnp.asarray(i)))
         return self._each(Cut.gather, live)
 
@@ -151,11 +150,11 @@ class Sharded(Replicated):
             return grads, weight
 
         def masked(g: jax.Array, s: jax.Array) -> jax.Array:
-            # In the sums' precision, and without what must not be added.
+            # In the dtype of the sums; a gradient of weight 0 may be NaN.
             return jnp.where(weight != 0, g.astype(s.dtype), 0)
 
         parts = self._scatter(jax.tree.map(masked, grads, sums))
-        # Or XLA:TPU adds up whole gradients, and scatters their sum after the loop.
+        # Else XLA:TPU adds up whole gradients and scatters the sum after the loop.
         return lax.optimization_barrier(parts), jnp.ones_like(weight)
 
     def _scatter(self, grads: T) -> T:
@@ -163,7 +162,7 @@ class Sharded(Replicated):
             return self._each(Cut.scatter, grads)
 
     def _each(self, fun: Callable[[Cut, jax.Array], jax.Array], trees: T) -> T:
-        """`fun` of each leaf and its `Cut`; `trees`: by position, or in their order."""
+        """Maps `fun(cut, leaf)` over `trees`: a dict by position, or its values."""
         by_position = isinstance(trees, dict)
         cuts = self.cuts if by_position else tuple(self.cuts.values())
         return jax.tree.map(fun, cuts, trees)
@@ -173,7 +172,7 @@ class Sharded(Replicated):
 class ByCompiler(Devices):
     """XLA gathers and reduces, layer by layer; the program is that of one device.
 
-    `Sharded` gathers a whole parameter, and layers that are scanned are one.
+    `Sharded` gathers a whole parameter at a time, and scanned layers share one.
     """
 
     axes: Axes
@@ -186,7 +185,7 @@ class ByCompiler(Devices):
     def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
         if not self.axes.explicit:
             return fun(*args)
-        # Types that say how arrays are sharded would leave XLA nothing to decide.
+        # On explicit axes, types fix the shardings and leave XLA nothing to decide.
         mesh = self.axes.where()
         out = jax.tree.map(lambda x: NamedSharding(mesh, x), out, is_leaf=_is_spec)
         on_arrays, arrays = of_arrays(fun, args)
@@ -202,7 +201,7 @@ class ByCompiler(Devices):
         return self._placed(sums)
 
     def _placed(self, tree: T) -> T:
-        """`tree` as the parameters are sharded."""
+        """Constrains `tree` to the sharding of the parameters."""
         ambient = jax.sharding.get_abstract_mesh()  # without types, in `auto_axes`
         mesh = self.axes.where() if ambient.empty else ambient
 
@@ -218,9 +217,9 @@ class ByCompiler(Devices):
 
 
 def cuts_of(axes: Axes, params: PyTree, specs: PyTree) -> PyTree:
-    """How `params` are divided over `axes`: a tree of `Cut` for what is differentiated.
+    """Returns a tree of `Cut` for the differentiable leaves of `params`.
 
-    `specs`: the sharding, or None for that of the arrays.
+    `specs` is the sharding, a pytree prefix; None reads it from the arrays.
 
     Raises:
       ValueError: the sharding is not known, or impossible.
@@ -277,7 +276,7 @@ def _specs_of_arrays(axes: Axes, params: PyTree) -> PyTree:
 
 
 def specs_of(cuts: PyTree, params: PyTree = None) -> PyTree:
-    """How gradients with these cuts are sharded; or `params`, with all leaves."""
+    """Returns the specs of gradients, or of all leaves of `params` if passed."""
     specs = jax.tree.map(lambda cut: cut.spec, cuts)
     if params is None:
         return specs
@@ -286,26 +285,26 @@ def specs_of(cuts: PyTree, params: PyTree = None) -> PyTree:
 
 @dataclasses.dataclass(frozen=True)
 class FSDP:
-    """Devices along a mesh axis over which parameters are sharded, as rows are.
+    """Fully sharded data parallelism: a mesh axis divides both parameters and rows.
 
-    For `reduce_axis=` of `accumax.train_step`, `value_and_grad` and `grad`. Sums and
-    optimizer state are sharded as the parameters are. Gradients are reduced in every
-    call.
+    Pass it as `reduce_axis` to `accumax.train_step`, `value_and_grad` and `grad`. Sums
+    and optimizer state are sharded as the parameters are. Gradients are reduced in
+    every call.
 
     Args:
-      axis: the mesh axis, or a tuple of several.
-      specs: the `PartitionSpec`s of what is differentiated, a prefix of it (of several
-        arguments, a tuple). Needed under jit with automatic axes, where types do not
-        say them.
-      once: False leaves it to XLA to gather parameters and to reduce gradients, layer
-        by layer in each microbatch: least memory, most traffic. The loss then sees the
-        rows of all devices. True gathers all parameters once in a call and reduces all
-        gradients once: least traffic, and each device has whole ones for a while.
-      mesh: the mesh; that of `jax.set_mesh` by default.
+      axis: the mesh axis, or a tuple of axes.
+      specs: the `PartitionSpec`s of the differentiated argument, a pytree prefix; for
+        several arguments, a tuple. Required under jit with automatic axes, where the
+        types of arrays do not contain them.
+      once: False lets XLA gather parameters and reduce gradients, layer by layer in
+        each microbatch: least memory, most traffic. The loss then sees the rows of all
+        devices. True gathers all parameters and reduces all gradients once in a call:
+        least traffic, but each device holds whole parameters and gradients for a while.
+      mesh: the mesh; by default the mesh of `jax.set_mesh`.
 
     Raises:
-      TypeError, ValueError: an argument is none of these, or the mesh lacks the axis;
-        at the call, if the parameters cannot be divided so.
+      TypeError, ValueError: an argument is of a wrong type, or the mesh lacks the axis.
+        At the call: the parameters cannot be sharded in this way.
 
     >>> import accumax, jax
     >>> import jax.numpy as jnp
@@ -338,9 +337,10 @@ ReduceAxis: TypeAlias = AxisNames | DataParallel | FSDP
 
 
 def check_reduce_axis(reduce_axis: Any, count: int | None = None) -> Devices:
-    """The devices that `reduce_axis` stands for; one device for None.
+    """Returns the devices of `reduce_axis`; one device for None.
 
-    `count`: of arguments, if specs have one for each, else None for one argument.
+    `count` is the number of differentiated arguments, each with its own specs. None
+    stands for one argument whose specs are not in a tuple.
 
     Raises:
       TypeError, ValueError: it is not a `ReduceAxis`, or the mesh lacks an axis.

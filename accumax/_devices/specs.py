@@ -9,9 +9,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 
 def spec_of(x: Any) -> PartitionSpec:
-    """How `x` is sharded; under jit over explicit axes only, for the others are seen
-    by the compiler alone.
-    """
+    """The sharding of `x`; under jit over explicit axes only, as XLA hides the rest."""
     traced = isinstance(x, Tracer)
     sharding = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
     named = isinstance(sharding, NamedSharding)
@@ -19,18 +17,18 @@ def spec_of(x: Any) -> PartitionSpec:
 
 
 def only(spec: PartitionSpec, names: tuple[str, ...]) -> PartitionSpec:
-    """`spec` as if the mesh had these axes alone."""
+    """Returns `spec` with only the axes in `names`."""
     return _kept(spec, lambda name: name in names)
 
 
 def without(spec: PartitionSpec, names: tuple[str, ...]) -> PartitionSpec:
-    """`spec` as if the mesh had not these axes."""
+    """Returns `spec` without the axes in `names`."""
     return _kept(spec, lambda name: name not in names)
 
 
 def _kept(spec: PartitionSpec, keep: Callable[[str], bool]) -> PartitionSpec:
     entries = [tuple(filter(keep, names_in(entry))) for entry in spec]
-    # An axis alone without its tuple, as JAX writes it in an array's sharding.
+    # A single axis has no tuple, as in the sharding of a JAX array.
     return PartitionSpec(*(x[0] if len(x) == 1 else x or None for x in entries))
 
 

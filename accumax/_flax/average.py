@@ -1,4 +1,4 @@
-"""An average of the parameters that moves once per window."""
+"""A moving average of the parameters, updated once per window."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ from .._xla.loops import at_most_once
 def ema(
     average: PyTree, params: PyTree, opt_state: optax.OptState, decay: ArrayLike
 ) -> PyTree:
-    """The moving average of the parameters over the big batch's steps.
+    """Updates a moving average of the parameters, once per gradient step.
 
-    `decay * average + (1 - decay) * params` after a call that applied an update, else
-    `average`, in place if it is donated.
+    After a call that applied an update it returns `decay * average + (1 - decay) *
+    params`, else `average`, in place if it is donated.
 
     Args:
-      average: shaped as the parameters; start with a copy of them.
+      average: the average, shaped as the parameters; start with a copy of them.
       params: the parameters after the call.
       opt_state: the optimizer's state after the call.
       decay: () float, from 0 to 1.
@@ -51,7 +51,7 @@ def ema(
             return new.astype(old.dtype)
         return jnp.asarray(decay * old + (1 - decay) * new, old.dtype)
 
-    # In a loop, because a `where` over both would read and write them in every call.
+    # In a loop, because a `where` would read and write both trees in every call.
     average = jax.tree.map(_tree.strong, average)
     with jax.named_scope("accumax.ema"):
         return at_most_once(

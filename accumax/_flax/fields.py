@@ -1,4 +1,4 @@
-"""The fields of a Linen train state that a loss takes, and those it gives anew."""
+"""The fields of a Linen train state that a loss reads or changes."""
 
 import dataclasses
 import functools
@@ -19,14 +19,14 @@ STATISTICS = "batch_stats"  # Flax's name for the collection of running statisti
 
 @dataclasses.dataclass(frozen=True)
 class Fields:
-    """How a loss takes fields of a state, by name.
+    """The names of the fields that a loss takes, and the form of its return value.
 
     Attributes:
-      read: fields that it reads.
-      mutable: fields that it reads and gives anew.
+      read: fields that the loss only reads.
+      mutable: fields that it also returns, with new values.
       keys: fields that are PRNG keys.
-      has_aux, weighted: what it returns besides; see `accumax.train_step`.
-      divided: whether a call has several microbatches, with keys of their own.
+      has_aux, weighted: as for `accumax.train_step`.
+      divided: whether a call has microbatches; each then gets different keys.
     """
 
     read: tuple[str, ...]
@@ -39,7 +39,7 @@ class Fields:
     def handing(
         self, state: Any, statistics: PyTree, loss_fn: Callable[..., Any]
     ) -> Handing:
-        """`loss_fn` of one call. `statistics`: the running ones, None without."""
+        """Makes the loss of one call. `statistics`: the running statistics, or None."""
         pooled = statistics is not None
 
         def run(
@@ -67,7 +67,7 @@ class Fields:
         return Handing(given, (rest, jnp.zeros((), jnp.int32)), run)
 
     def _split(self, aux: Any) -> tuple[Any, Any]:
-        """`(new, aux)` of what came with the loss."""
+        """Splits the auxiliary output of the loss into `(new fields, aux)`."""
         if not self.mutable:
             return {}, aux
         new, rest = aux, None
@@ -89,6 +89,6 @@ class Fields:
 
 
 def frozen_as(new: PyTree, old: PyTree) -> PyTree:
-    """`new`, frozen if `old` is: `apply` gives a plain dict for either."""
+    """Freezes `new` if `old` is frozen; `apply` returns a plain dict for both."""
     frozen = isinstance(old, FrozenDict) and not isinstance(new, FrozenDict)
     return freeze(new) if frozen else new

@@ -1,4 +1,4 @@
-"""Losses with a state: running statistics, and what is handed from each to the next."""
+"""Losses with a state: running statistics, and values for the next microbatch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,12 +17,12 @@ from . import statistics as running
 
 
 class Given(NamedTuple):
-    """What a loss is given besides its arguments.
+    """The values that all microbatches get besides the arguments of the loss.
 
     Attributes:
-      statistics: the running statistics, which all microbatches see as they are and
-        which are pooled.
-      fields: what all of them see as it is.
+      statistics: the running statistics at the start of the call. The new ones of all
+        microbatches are pooled.
+      fields: the fields of a state that the loss only reads.
       keys: PRNG keys, the same for all microbatches of a device.
     """
 
@@ -36,9 +36,9 @@ class Handing:
     """A loss whose state goes from microbatch to microbatch.
 
     Attributes:
-      given: what all microbatches are given.
-      rest: the state that the first microbatch sees, and each other as the one before
-        left it. On several devices each has one; typed PRNG keys in it differ.
+      given: the values that all microbatches get.
+      rest: the state of the first microbatch, without the running statistics. Each
+        device has its own state, in which typed PRNG keys differ.
       run: `(given, rest, args, kwargs) -> (loss, statistics, rest)`.
     """
 
@@ -49,10 +49,10 @@ class Handing:
     def stateful(
         self, fun: Callable[..., Any], batch_argnums: tuple[Place, ...]
     ) -> tuple[StatefulLoss, PyTree, PyTree]:
-        """The loss, what it is given, and the state that it begins with.
+        """Returns `(loss, given, state)`: the loss and its values for a call.
 
-        `fun`: the function that the user wrote. The rows of `batch_argnums`, among its
-        arguments, are what statistics are weighed by.
+        `fun` is the user's function. The number of rows in its arguments
+        `batch_argnums` weighs the statistics.
         """
         pools = bool(jax.tree.leaves(self.given.statistics))
         arrays = jax.tree.map(lambda x: x if is_array(x) else None, self.given)
@@ -75,10 +75,10 @@ class Handing:
     def settle(
         self, carried: Any, momenta: tuple[float, ...], accepted: ArrayLike
     ) -> tuple[PyTree, PyTree, jax.Array]:
-        """`(statistics, rest, rows)` after a call that ended with `carried`.
+        """Returns `(statistics, rest, rows)` after a call that ended with `carried`.
 
-        `accepted`, () bool: if not, the rest is as it was. The statistics are for a
-        pool that knows that itself.
+        If `accepted`, () bool, is False, `rest` is as before the call. `statistics`
+        do not depend on it: the pool of a window itself leaves out refused calls.
         """
         pool, rest = carried
         rest = jax.tree.map(lambda x, y: jnp.where(accepted, x, y), rest, self.rest)
@@ -100,7 +100,7 @@ def _begin(devices: Devices, given: Given, state: Any) -> tuple[Given, Any]:
 
 def _end(devices: Devices, first: Any, last: Any, kept: Any) -> Any:
     def ended(old: jax.Array, new: jax.Array, as_it_was: bool) -> jax.Array:
-        # What the loss has left alone is what it was, without asking the others.
+        # A leaf that no microbatch changes needs no communication.
         return old if as_it_was else devices.last(new)
 
     rest = jax.tree.map(ended, first[1], last[1], kept[1])

@@ -1,4 +1,4 @@
-"""The NNX modules among the arguments of a call, taken apart and put together."""
+"""Splits the NNX modules among the arguments of a call, and merges them again."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +15,9 @@ from .loss import Given, Handing
 
 
 class Modules:
-    """The modules among the arguments of a call, taken apart.
+    """The modules among the arguments of a call, split into graph and states.
 
-    In `args` and `kwargs` they are the state of what is differentiated, or None.
+    `args` and `kwargs` have the differentiated state of a module in its place, or None.
     """
 
     def __init__(self, args: tuple, kwargs: dict[str, Any], wrt: dict[int, Any]):
@@ -48,7 +48,7 @@ class Modules:
     def handing(
         self, fun: Callable[..., Any], has_aux: bool, weighted: bool
     ) -> Handing:
-        """`fun` as a function of `args`, `kwargs` and the state of the modules."""
+        """Makes `fun` a loss of `args`, `kwargs` and the state of the modules."""
 
         def run(given: Given, rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
@@ -73,7 +73,7 @@ class Modules:
         return Handing(Given(self.statistics), self.rest, run)
 
     def write(self, handing: Handing, carried: Any, taken: Any) -> jax.Array:
-        """Writes what the last microbatch handed on, and returns the rows of all."""
+        """Writes the last state to the modules; returns the rows of the call."""
         momenta = momenta_of(self.nodes, self.statistics)
         statistics, rest, rows = handing.settle(carried, momenta, taken)
         nnx.update(self.nodes, statistics, rest)
@@ -93,7 +93,7 @@ def _is_node(x: Any) -> bool:
 
 
 def _under(i: int, wrt: Any) -> Callable[[tuple, Any], bool]:
-    """The filter `wrt` for what is at the place i of a tuple."""
+    """Returns the filter `wrt` for item i of a tuple."""
     within = nnx.filterlib.to_predicate(wrt)
     return lambda path, x: path[0] == i and within(path[1:], x)
 
@@ -107,8 +107,8 @@ def check_some(state: Any, module: Any, wrt: Any) -> None:
 
 
 def momenta_of(nodes: Any, statistics: PyTree) -> tuple[float, ...]:
-    """What the modules of the running statistics have for a momentum."""
-    if not running.pairs(statistics):  # then without a walk through the whole model
+    """Returns the `momentum` of each module that has running statistics."""
+    if not running.pairs(statistics):  # saves a walk through the model
         return ()
     modules = {tuple(map(str, path)): x for path, x in nnx.iter_graph(nodes)}
     remedy = "Give that module an attribute `momentum`, as nnx.BatchNorm has"

@@ -1,22 +1,22 @@
 """Running statistics: one update per window, with the moments of the whole window.
 
-A batch normalisation moves its running statistics by `s = m s0 + (1 - m) moment`. Let
-microbatch i of a window see the `s0` of the window's start and give :math:`s_i`, and
-let it have :math:`w_i` rows. The mean of a window is the mean of its microbatches'
-means, and its variance is the mean of their variances and the variance of their means
-(the law of total variance), so that the update of the whole window is
+A batch normalisation updates its running statistics by `s = m s0 + (1 - m) moment`.
+Microbatch i of a window has :math:`w_i` rows. It starts from the `s0` of the window's
+start and returns :math:`s_i`. The mean over the window is the mean of the microbatch
+means. The variance is the mean of the microbatch variances plus the variance of the
+microbatch means (the law of total variance). So the update of the whole window is
 
 .. math:: \\bar s^{mean} = \\frac{\\sum_i w_i s_i^{mean}}{\\sum_i w_i}, \\qquad
    \\bar s^{var} = \\frac{\\sum_i w_i s_i^{var}}{\\sum_i w_i} + \\frac{1}{1 - m}
    \\frac{\\sum_i w_i (s_i^{mean} - \\bar s^{mean})^2}{\\sum_i w_i}.
 
-Only the last term needs the momentum m. The sums are Welford's, which do not cancel.
-What this gives for a call is again such an :math:`s_i`, with the rows of the call, for
-the window that the call is in. A call that did not start from the `s0` of its window,
-because something else moved them in between, counts with what it would have given.
+Only the last term needs the momentum m. The sums are Welford's, which avoid
+cancellation. The result for a call is again such an :math:`s_i`, with the rows of the
+call, for the window of the call. If something else changed the statistics within the
+window, a call did not start from `s0`; its result is corrected to that from `s0`.
 
-Each normalisation is taken to run once in a forward pass. Of one that runs c times,
-the mean is right, and the variance between microbatches counts up to c times too much.
+Each normalisation should run once in a forward pass. If it runs c times, the mean is
+right, but the variance between microbatches counts up to c times too much.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,15 +32,15 @@ from .._window.state import AccumulateState, accepted
 
 
 class Pool(NamedTuple):
-    """What the running statistics of a window's microbatches were.
+    """The running statistics of a window's microbatches, pooled.
 
     Attributes:
-      found: the statistics that the window found; while none is open, the latest.
-      mean: their weighted mean, shaped as the statistics, at least float32; integers
-        and the like are the latest.
+      found: the statistics at the start of the window; the latest if none is open.
+      mean: the weighted mean of the microbatches' statistics, of the same shapes, in at
+        least float32. Leaves that are not floating-point keep their latest value.
       spread: for each running mean, in the order of the leaves, the weighted sum of the
         squared deviations from `mean`, of the same shape and dtype.
-      weight: () float, the sum of the weights; while it is 0, both are stale.
+      weight: () float, the sum of the weights; at 0, `mean` and `spread` are stale.
     """
 
     found: PyTree
@@ -64,14 +64,14 @@ def begin(statistics: PyTree) -> Pool:
 
 
 def add(pool: Pool, statistics: PyTree, weight: ArrayLike) -> Pool:
-    """Takes in the statistics that a microbatch of `weight` rows gave.
+    """Adds the statistics of a microbatch of `weight` rows.
 
-    A weight of 0 adds nothing, whatever the statistics are.
+    A weight of 0 adds nothing, even if the statistics are not finite.
     """
     weight = jnp.asarray(weight, float)
     taken, before = weight > 0, pool.weight
     total = before + jnp.where(taken, weight, 0)
-    # 1 for the first one, so that a window of one microbatch is that to the bit.
+    # 1 for the first, so that one microbatch gives its own statistics to the bit.
     share = weight / jnp.where(taken, total, 1)
     news = [jnp.asarray(x, _pool_dtype(x)) for x in jax.tree.leaves(statistics)]
     olds = jax.tree.leaves(pool.mean)
@@ -80,7 +80,7 @@ def add(pool: Pool, statistics: PyTree, weight: ArrayLike) -> Pool:
         if not _tree.is_differentiable(new):
             return jnp.where(taken, new, old)
         mean = old + share.astype(new.dtype) * (new - old)
-        # A stale NaN is not to be read, and of one microbatch the mean is itself.
+        # The first microbatch is its own mean. `old` is stale then, maybe NaN.
         mean = jnp.where(before > 0, mean, new)
         return jnp.where(taken, mean, old)
 
@@ -98,7 +98,7 @@ def add(pool: Pool, statistics: PyTree, weight: ArrayLike) -> Pool:
 
 
 def over(devices: Devices, pool: Pool) -> Pool:
-    """The pool of the microbatches of all devices, from those of each."""
+    """Combines the pools of all devices."""
     some, weight = pool.weight > 0, pool.weight
     total = devices.sum(weight)
     factor = 1 / jnp.where(total > 0, total, 1)
@@ -122,16 +122,16 @@ def over(devices: Devices, pool: Pool) -> Pool:
 
 
 def result(pool: Pool, statistics: PyTree, momenta: tuple[float, ...]) -> PyTree:
-    """The running statistics after one update by the window; `statistics` if empty.
+    """Returns the running statistics after one update; `statistics` if none is pooled.
 
-    `momenta`: what `check_momenta` gave.
+    `momenta` is the result of `check_momenta`.
     """
     leaves = jax.tree.leaves(pool.mean)
     some = pool.weight > 0
     factor = 1 / jnp.where(some, pool.weight, 1)
     each = zip(pairs(statistics).values(), pool.spread, momenta, strict=True)
     for (_, v), spread, momentum in each:
-        if momentum < 1:  # else nothing moves
+        if momentum < 1:  # 1 changes nothing
             between = spread * factor.astype(spread.dtype) / (1 - momentum)
             leaves[v] = leaves[v] + between
     pooled = jax.tree.structure(statistics).unflatten(leaves)
@@ -148,13 +148,14 @@ def after_call(
     before: AccumulateState,
     after: AccumulateState,
 ) -> tuple[Pool, PyTree]:
-    """`(pool, statistics)` after a call that took a window from `before` to `after`.
+    """Returns `(pool, statistics)` after a call.
 
     Args:
-      pool: the open window's.
-      base: the statistics that the call found; None for those of the pool.
-      momenta: what `check_momenta` gave.
-      call: what the call gave, None if it gave none, and its rows.
+      pool: the pool before the call.
+      base: the statistics before the call; None for those of the pool.
+      momenta: the result of `check_momenta`.
+      call: `(statistics, rows)` of the call; statistics are None if it has none.
+      before, after: the states of the window before and after the call.
     """
     new, rows = call
     for tree in (new, base):
@@ -164,7 +165,7 @@ def after_call(
     opened = pool.weight > 0
     found = jax.tree.map(lambda x, y: jnp.where(opened, x, y), pool.found, base)
     if new is not None:
-        # As the gradient: a call that was refused leaves nothing behind.
+        # A refused call leaves nothing behind, like its gradient.
         rows = jnp.where(accepted(before, after), jnp.asarray(rows, float), 0)
         pool = add(pool, _moved(new, base, found, momenta), rows)
     moved = _moved(result(pool, found, momenta), found, base, momenta)
@@ -179,22 +180,22 @@ def after_call(
 def _moved(
     statistics: PyTree, start: PyTree, other: PyTree, momenta: tuple[float, ...]
 ) -> PyTree:
-    """What an update from `start` gave, as one from `other` would have given it."""
+    """Converts the result of an update from `start` to that of one from `other`."""
     trees = [jax.tree.leaves(tree) for tree in (statistics, start, other)]
     leaves = list(trees[0])
     for places, momentum in zip(pairs(statistics).values(), momenta, strict=True):
         for i in places:
-            # To the bit the same, if both are.
+            # Unchanged to the bit if `start` equals `other`.
             leaves[i] = leaves[i] + momentum * (trees[2][i] - trees[1][i])
     moved = jax.tree.structure(statistics).unflatten(leaves)
     return _tree.cast_like(moved, statistics)
 
 
 def pairs(statistics: PyTree) -> dict[tuple[str, ...], tuple[int, int]]:
-    """From the path of what holds a running mean and its variance to their places.
+    """Finds running means and their variances: `{path: (mean, var)}`.
 
-    The places are among the leaves. They are known by their names, "mean" and "var",
-    within a box such as `flax.linen.Partitioned` too.
+    `path` is the path of the layer; `mean` and `var` are indices of leaves. The leaves
+    have the names "mean" and "var", also in a box such as `flax.linen.Partitioned`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(statistics)
     names = [_names(path) for path, _ in leaves]
@@ -212,17 +213,17 @@ def check_momenta(
     where: str,
     remedy: str,
 ) -> tuple[float, ...]:
-    """The momentum of each pair of `pairs`.
+    """Returns the momentum of each pair of `pairs`.
 
     Args:
       statistics: the running statistics.
-      momentum: from the path of what holds a pair to its momentum.
-      where: what holds the statistics, for the message.
-      remedy: what to do about one that is missing.
+      momentum: maps the path of a pair to its momentum.
+      where: the holder of the statistics, for the error message.
+      remedy: the advice if a momentum is missing, for the error message.
 
     Raises:
-      ValueError: there is none for a pair, or it is not from 0 to 1.
-      TypeError: it is not a number.
+      ValueError: a pair has no momentum, or one that is not from 0 to 1.
+      TypeError: a momentum is not a Python number.
     """
     found = []
     for path in pairs(statistics):
@@ -245,7 +246,7 @@ def check_momenta(
 
 
 def lookup(momentum: Any, path: tuple[str, ...]) -> Any:
-    """The momentum at `path`: one for all, or mappings from names to such."""
+    """Returns the momentum at `path` from one number, or from nested mappings."""
     for name in path:
         if isinstance(momentum, Mapping):
             momentum = momentum.get(name)

@@ -1,1 +1,1 @@
-"""What XLA must be told."""
+"""Code that depends on how XLA and JAX compile."""

@@ -1,4 +1,4 @@
-"""What a function does, as its jaxpr says."""
+"""Properties of a function, read from its jaxpr."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,21 +8,21 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from .._types import PyTree
 
-# Primitives that name an axis and send nothing.
+# Primitives that name an axis and do not communicate.
 _SILENT = "axis_index", "pcast", "pvary"
 
-# How a value in a linear program depends on its inputs: not at all (None), as the input
-# of that number, or computed from some of them.
+# How a value in a linear program depends on the inputs: None if it does not, the index
+# of the input that it is, or this if it is computed from inputs.
 _COMPUTED = "computed"
 
 
 def of_linear_program(
     ask: Callable[[Any], set[int]], fun: Callable[[PyTree], Any], params: PyTree
 ) -> set[int]:
-    """`ask(program)`, the jaxpr whose transposition is the backward pass of `fun`.
+    """Returns `ask(program)` for the linear program of `fun(params)[0]`.
 
-    It is that of `fun(params)[0]`. Its inputs are the tangents of the leaves of
-    `params`; residuals are constants.
+    JAX transposes this jaxpr into the backward pass. Its inputs are the tangents of the
+    leaves of `params`; residuals are constants.
     """
     answer = set()
 
@@ -35,7 +35,7 @@ def of_linear_program(
 
 
 def sliced(program: Any) -> set[int]:
-    """The inputs of a linear program of which a slice is taken, at any depth."""
+    """Returns the inputs that a linear program slices, at any depth."""
     found = set()
     for eqn, kinds in _walk(program, range(len(program.invars))):
         if eqn.primitive.name in ("slice", "dynamic_slice"):
@@ -44,18 +44,17 @@ def sliced(program: Any) -> set[int]:
 
 
 def unsafe_refs(program: Any, ported: set[int]) -> set[int]:
-    """`ported`, and the inputs of a linear program that need a port as well.
+    """Returns `ported` and all other inputs of a linear program that need a port.
 
-    Before 0.11, JAX transposes two things wrongly and in silence:
+    JAX before 0.11 silently transposes two things wrongly:
 
-    - A scan that has both refs and values among its constants, or among what it scans
-      over: each gets the gradient of another (JAX pull request 38929).
-    - A call, conditional or loop that is handed the same ref twice: what one of them
-      adds is lost.
+    - A scan with both refs and values among its constants, or among the operands that
+      it scans over: each gets the gradient of another (JAX pull request 38929).
+    - A call, conditional or loop that gets the same ref twice: one of the two gradients
+      is lost.
 
     So the inputs among such operands must not be refs. All others are safe: a ref is
-    then handed on once, into a jaxpr that has refs and values in the order that JAX
-    takes for granted.
+    then passed on once, to a jaxpr with refs and values in the order that JAX assumes.
     """
     while True:
         kinds = [_COMPUTED if i in ported else i for i in range(len(program.invars))]
@@ -70,19 +69,19 @@ def unsafe_refs(program: Any, ported: set[int]) -> set[int]:
                     found |= _inputs(group) if _COMPUTED in group else set()
         if found == ported:
             return found
-        ported = found  # behind ports they are values, perhaps beside further inputs
+        ported = found  # a ported input is a value, perhaps beside other refs
 
 
 def hands_on_refs(jaxpr: Any) -> bool:
-    """Whether a scan, at any depth, is over a ref, or a conditional is handed one."""
+    """Whether, at any depth, a scan is over a ref or a conditional gets a ref."""
     for eqn in jaxpr.eqns:
         for inner in _inner(eqn):
             if hands_on_refs(inner):
                 return True
             if eqn.primitive.name not in ("scan", "cond"):
                 continue
-            # All operands of a scan; a conditional's come last. What is scanned over
-            # has an axis more outside.
+            # The body of a scan gets all operands, a branch of a conditional the last
+            # ones. An operand that is scanned over has one more axis outside.
             outside = eqn.invars[len(eqn.invars) - len(inner.invars) :]
             for x, y in zip(outside, inner.invars, strict=True):
                 over = eqn.primitive.name == "cond" or x.aval.shape != y.aval.shape
@@ -92,13 +91,13 @@ def hands_on_refs(jaxpr: Any) -> bool:
 
 
 def returns_as_it_is(fun: Callable[[PyTree], PyTree], tree: PyTree) -> list[bool]:
-    """For each leaf of `tree`, whether `fun(tree)`, of that structure, has it again."""
+    """Whether each leaf of `tree` is unchanged in `fun(tree)`, of equal structure."""
     jaxpr = jax.make_jaxpr(fun)(tree).jaxpr
     return [x is y for x, y in zip(jaxpr.invars, jaxpr.outvars, strict=True)]
 
 
 def pruned(fun: Callable[..., Any], *args: Any) -> Any:
-    """`fun(*args)`, arrays, without the equations that they do not need.
+    """Runs `fun(*args)`, without the equations that the returned arrays do not need.
 
     XLA drops them as well. Here they are not lowered, and no effect happens twice.
     """
@@ -114,9 +113,9 @@ def pruned(fun: Callable[..., Any], *args: Any) -> Any:
 
 
 def exchanges(names: tuple[str, ...], fun: Callable[..., Any], *args: Any) -> bool:
-    """Whether `fun(*args)` has devices along these mesh axes send each other anything.
+    """Whether `fun(*args)` communicates between devices along these mesh axes.
 
-    In a `jax.shard_map` over them.
+    Call it in a `jax.shard_map` over the axes.
     """
 
     def walk(jaxpr: Any) -> bool:
@@ -133,10 +132,12 @@ def exchanges(names: tuple[str, ...], fun: Callable[..., Any], *args: Any) -> bo
 
 
 def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:
-    """Each equation at any depth, with the kinds of its operands; `kinds`: of inputs.
+    """Yields each equation, at any depth, with the kinds of its operands.
+
+    `kinds` has the kind of each input.
 
     Raises:
-      ValueError: an equation hands its operands to an inner jaxpr in an unknown way.
+      ValueError: an equation passes its operands to an inner jaxpr in an unknown way.
     """
     known = dict(zip(jaxpr.invars, kinds, strict=True))
     for eqn in jaxpr.eqns:
@@ -148,7 +149,7 @@ def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:
             end = begin + eqn.params["num_carry"]
             inside[begin:end] = [_COMPUTED] * (end - begin)
         for inner in _inner(eqn):
-            # All operands of a loop or a call; a conditional's come last.
+            # A loop or a call passes on all operands, a conditional the last ones.
             skipped = len(inside) - len(inner.invars)
             if skipped < 0:
                 raise ValueError(f"{eqn.primitive} hands on more than it was given.")

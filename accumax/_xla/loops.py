@@ -1,8 +1,8 @@
-"""Loops that XLA runs in place, so that it copies nothing.
+"""Loops that XLA runs in place, without copies.
 
 Measured with jax 0.10.2 for CPU, GPU (H100) and TPU (v5e); `benchmarks/targets.py`
-repeats it. The other two such facts, the lazy reset and the reciprocal, are in
-`_sums.py`, where their arithmetic is.
+repeats the measurements. Two other tricks against copies, the lazy reset and the
+reciprocal, are in `_sums.py`.
 """
 
 from collections.abc import Callable
@@ -22,12 +22,12 @@ T = TypeVar("T")
 def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
     """`fun(operand)` if `pred` else `operand`, in place on every backend.
 
-    XLA aliases the carry of a while loop everywhere; the operands that a conditional
-    passes through are copied by some backends (16 x 1024^2 AdamW on the GPU target: 96
-    copies and 3 units of temp with `lax.cond`, none with the loop).
+    XLA aliases the carry of a while loop on every backend. Some backends copy the
+    operands that a conditional passes through (16 x 1024^2 AdamW on the GPU target: 96
+    copies and temp of 3 x the parameters with `lax.cond`, none with the loop).
 
-    `fun` must not close over arrays that are as big as the parameters and that change
-    in the same step: a loop body that names an outer array carries it, and so keeps a
+    `fun` must not close over arrays that are as big as the parameters and change in the
+    same step. A loop carries each outer array that its body names, and so keeps a
     second copy alive. Close over shapes instead.
     """
 
@@ -40,7 +40,7 @@ def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
 
 
 def after(tree: PyTree, i: int) -> jax.Array:
-    """`i` as () int32 that depends on `tree`: XLA cannot use it before `tree` is done.
+    """Returns `i`, () int32, tied to `tree`: XLA cannot use it before `tree` is done.
 
     `lax.optimization_barrier` is not enough: XLA:CPU drops it before scheduling.
     """
@@ -52,17 +52,17 @@ def after(tree: PyTree, i: int) -> jax.Array:
 
 
 def reset(sums: PyTree, first: jax.Array, seed: ArrayLike = 1.0) -> Any:
-    """`(sums, seed)`, the sums in place -0.0 if `first`, () bool: a window opens.
+    """Sets `sums` to -0.0 in place if a window opens; returns `(sums, seed)`.
 
-    In a loop, because a `where` over the whole accumulator would read and write it in
-    every call. Through the loop goes the seed of the backward pass that follows: else
-    XLA:GPU may schedule the loop last, when all gradients are alive that were to be
-    added after it (16 unrolled layers: 16 gradients in temp, with the seed 1.2).
+    The window opens if `first`, () bool. A `where` over the whole accumulator, without
+    a loop, would read and write it in every call. The seed of the next backward pass
+    goes through the loop too. Otherwise XLA:GPU may schedule the loop last, and keep
+    all gradients alive until then (16 unrolled layers: 16 in temp, 1.2 with the seed).
     """
 
     def body(carry: PyTree) -> PyTree:
-        # `where`, though `first` is true here: XLA would merge plain zeros of the same
-        # shape, and then copy them (16 matrices: 15 copies on CPU and GPU).
+        # `where`, although `first` is true here: XLA would merge plain zeros of the
+        # same shape and then copy them (16 matrices: 15 copies on CPU and GPU).
         sums, seed = carry
 
         def zero(s: jax.Array) -> jax.Array:

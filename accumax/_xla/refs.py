@@ -1,7 +1,7 @@
 """The backward pass that adds gradients into refs, so that no gradient tree exists.
 
 Measured with jax 0.10.2 to 0.12 for CPU, GPU (H100) and TPU (v5e);
-`benchmarks/targets.py` repeats it.
+`benchmarks/targets.py` repeats the measurements.
 """
 
 import functools
@@ -23,7 +23,7 @@ from .varying import typed_like
 
 T = TypeVar("T")
 
-_HOLE = object()  # where an array was
+_HOLE = object()  # stands for an array
 
 # Whether this JAX adds gradients into the wrong refs; see `unsafe_refs`.
 _MISPLACES = jax.__version_info__ < (0, 11)
@@ -42,26 +42,26 @@ def add_backward(
     no gradient tree exists. The twin that carries the tree is `jax.vjp` and
     `Accumulator.add`.
 
-    Not every loss can be differentiated into refs: JAX before 0.12 fails where one
-    takes a slice of a parameter, 0.12 where it calls `lax.optimization_barrier`. What
-    fails is traced again with those parameters, then with a warning with all, behind a
-    port; a ported parameter has a gradient, which is then added. So is all that runs
-    without jit, where XLA does not make one program of it and there is nothing to save.
+    JAX cannot differentiate every loss into refs: before 0.12 it fails if the loss
+    slices a parameter, in 0.12 if the loss calls `lax.optimization_barrier`. After a
+    failure the loss is traced again with the sliced parameters behind ports, then, with
+    a warning, with all. The gradient of a ported parameter is built and then added.
+    Without jit all are ported: XLA compiles no single program that could save memory.
 
-    JAX before 0.11 swaps or loses gradients in silence where a scan has parameters
-    beside values computed from parameters, or a call is handed a parameter twice. The
-    loss's linear program says where (`unsafe_refs`), and those parameters are ported,
-    with a warning that gives the memory.
+    JAX before 0.11 silently swaps or loses gradients where a scan has parameters beside
+    values computed from parameters, or a call gets a parameter twice. `unsafe_refs`
+    finds such parameters in the loss's linear program. They are ported, with a warning
+    that states the memory.
 
     Args:
       fun: `(params) -> (loss, (values, aux))`: loss a real scalar; values and aux any
         trees.
       params: the parameters; each leaf a float array or None.
       sums: the accumulator, of the same structure, in any float dtypes.
-      first: () bool, the window opens here: what `sums` holds is not to be read. None
-        if it never does.
-      taken: () bool, whether the gradient is added; None for always. Where it is not,
-        `values` are zeros, and nothing is computed if `aux` has no leaves.
+      first: () bool, whether a window opens; `sums` is then stale and not read. None
+        if no window opens.
+      taken: () bool, whether the gradient is added; None for always. If it is False,
+        `values` are zeros, and nothing is computed if `aux` has no arrays.
 
     Returns:
       `((values, aux), sums)`.
@@ -76,7 +76,7 @@ def add_backward(
                     break
                 run = functools.partial(_add_backward, fun, ported)
                 return _isolated(run, params, sums, first, taken)
-            except Exception as error:  # one of `fun` itself comes again below
+            except Exception as error:  # an error of `fun` itself is raised again below
                 failure = repr(error).splitlines()[0]
     every = jax.tree.map(lambda _: True, params)
     out = _add_backward(fun, every, params, sums, first, taken)
@@ -98,8 +98,8 @@ def _add_backward(
     first: jax.Array | None,
     taken: jax.Array | None,
 ) -> tuple[Any, PyTree]:
-    # A port: zeros that hold no data (XLA drops them) and let a parameter's cotangent
-    # out in the accumulator's dtype.
+    # A port is zeros, which XLA drops. A parameter's cotangent leaves through the port
+    # in the accumulator's dtype.
     def variable(p: jax.Array, s: jax.Array, port: bool) -> jax.Array:
         return typed_like(jnp.zeros_like(s), s) if port else p
 
@@ -122,9 +122,9 @@ def _add_backward(
         if first is not None:
             sums, seed = reset(sums, first, seed)
         return aux, add(vjp, sums, seed)
-    # A loop around the backward pass alone would keep the residuals alive to its end:
-    # 2.0 times the temp of the mean loss, for layers that are not scanned. And not with
-    # a seed of 0, by which a NaN would be a NaN still.
+    # One loop runs both passes. A loop around the backward pass alone would keep the
+    # residuals alive to its end: 2.0 times the temp of the mean loss, for layers that
+    # are not scanned. A seed of 0 instead of a loop would not remove a NaN.
     static: list[Any] = []
 
     def through_arrays(variables: PyTree) -> Any:
@@ -154,7 +154,7 @@ def _add_backward(
 
 @jax.custom_vjp
 def _port(p: jax.Array, q: jax.Array) -> jax.Array:
-    """`p`, whose cotangent leaves through `q` in the dtype of `q`."""
+    """Returns `p`; its cotangent leaves through `q`, in the dtype of `q`."""
     del q
     return p
 
@@ -172,7 +172,7 @@ _port.defvjp(_port_fwd, _port_bwd)
 
 
 def _isolated(fun: Callable[..., Any], *args: Any) -> Any:
-    """`fun(*args)`, of which nothing stays behind in the caller's trace if it fails."""
+    """Runs `fun(*args)`; a failure leaves nothing behind in the caller's trace."""
     static: list[Any] = []
 
     def arrays(*args: Any) -> list[jax.Array]:
@@ -187,7 +187,7 @@ def _isolated(fun: Callable[..., Any], *args: Any) -> Any:
 
 
 def _parted(tree: PyTree) -> tuple[list[jax.Array], Any, list[Any]]:
-    """The arrays of `tree`, its structure, and its leaves without the arrays."""
+    """The arrays of `tree`, its structure, its leaves with `_HOLE` for each array."""
     leaves, structure = jax.tree.flatten(tree)
     arrays = [x for x in leaves if isinstance(x, jax.Array)]
     return arrays, structure, [_HOLE if isinstance(x, jax.Array) else x for x in leaves]
@@ -199,9 +199,9 @@ def _joined(arrays: list[jax.Array], structure: Any, leaves: list[Any]) -> PyTre
 
 
 def is_batched(tree: PyTree) -> bool:
-    """Whether a `jax.vmap` that is being traced batches an array of `tree`.
+    """Whether a `jax.vmap` in the current trace batches an array of `tree`.
 
-    Not one around a `jax.jit` that is being traced: it comes to see the program later.
+    It does not detect a `vmap` around a `jax.jit`: that `vmap` sees the program later.
     """
     batched = False
     probe = jax.custom_batching.custom_vmap(lambda arrays: ())
@@ -225,10 +225,10 @@ def _probed(tree: PyTree) -> list[jax.Array]:
 
 @jax.custom_batching.custom_vmap
 def _unbatched(arrays: list[jax.Array]) -> tuple[()]:
-    """`jax.vmap` must not batch `arrays`.
+    """Raises an error if `jax.vmap` batches `arrays`.
 
-    It cannot batch a scan over a ref, nor from 0.12 on a conditional that is handed
-    one; what it says of it names nothing of the caller's.
+    `jax.vmap` cannot batch a scan over a ref, nor, from JAX 0.12 on, a conditional that
+    gets a ref. The error of JAX names nothing in the caller's code.
     """
     del arrays
     return ()
@@ -245,8 +245,8 @@ def _refuse(size: int, batched: Any, arrays: list[jax.Array]) -> Any:
 
 
 def _ports(fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree) -> Iterator[Any]:
-    """For each leaf whether it needs a port: first as JAX says, then as it happens."""
-    # From 0.12 on, JAX takes only a ref of the dtype of the variable that it is for.
+    """Yields which leaves to port: those that JAX requires, then also sliced ones."""
+    # From 0.12 on, JAX requires that a ref has the dtype of its variable.
     dtypes = jax.tree.map(lambda p, s: p.dtype != s.dtype, params, sums)
     leaves, structure = jax.tree.flatten(dtypes)
     required = {i for i, port in enumerate(leaves) if port}
@@ -264,7 +264,7 @@ def _ports(fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree) -> Iterat
         _warn_of_ports(params, ported - required)
     yield mask(ported)
     more = of_linear_program(lambda x: safe(x, ported | sliced(x)), fun, params)
-    if more != ported:  # else it would be the first again
+    if more != ported:  # else the same mask again
         yield mask(more)
 
 

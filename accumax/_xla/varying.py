@@ -1,4 +1,4 @@
-"""What the types of JAX say that devices of a mesh may have different values of."""
+"""The types of arrays on a mesh: the axes they vary over, and their shardings."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def fitted(fun: Callable[[T], T], carry: T) -> T:
-    """`carry`, which may vary over the devices as what `fun` makes of it does.
+    """Makes each leaf of `carry` vary over the mesh axes that it has in `fun(carry)`.
 
-    `jax.shard_map` wants the carry of a loop to have one type from the beginning. It is
-    not enough to let all of it vary: what stays the same may leave as it came.
+    In a `jax.shard_map`, the carry of a loop must have one type from the beginning.
+    Leaves that `fun` keeps replicated stay so: the `shard_map` may return them as such.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     if not any(map(is_checked, manual)):
@@ -31,14 +31,14 @@ def fitted(fun: Callable[[T], T], carry: T) -> T:
 
 
 def varying(x: Any) -> frozenset[str]:
-    """The manual axes over which `x`, an array or a shape, may vary; if JAX checks."""
+    """The manual axes over which `x`, array or shape, varies; none if not checked."""
     aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     kind = getattr(aval, "manual_axis_type", None)
     return frozenset() if kind is None else kind.varying
 
 
 def typed_like(tree: T, like: PyTree) -> T:
-    """`tree`, each leaf varying at least as its twin in `like`, and sharded as it."""
+    """Adds the varying axes of `like` to `tree`, by leaf, and shards it as `like`."""
 
     def typed(x: jax.Array, y: Any) -> jax.Array:
         x = vary(x, varying(y))
@@ -48,7 +48,7 @@ def typed_like(tree: T, like: PyTree) -> T:
 
 
 def is_checked(name: str) -> bool:
-    """Whether JAX says what varies over this axis (check_vma=True)."""
+    """Whether JAX tracks which values vary over this axis (check_vma=True)."""
     return name in varying(lax.axis_index(name))
 
 
@@ -58,7 +58,7 @@ def vary(x: Any, names: frozenset[str]) -> Any:
 
 
 def sharded(x: jax.Array, sharding: Any) -> jax.Array:
-    """`x`, of a type with this sharding if it is one over explicit axes."""
+    """Reshards `x` to `sharding`, if its mesh has explicit axes."""
     if not isinstance(sharding, NamedSharding) or not explicit_axes(sharding.mesh):
         return x
     same = jax.typeof(x).sharding == sharding
@@ -66,6 +66,6 @@ def sharded(x: jax.Array, sharding: Any) -> jax.Array:
 
 
 def explicit_axes(mesh: Any) -> tuple[str, ...]:
-    """The axes over which an array's type says how it is sharded."""
+    """The explicit axes of `mesh`: the types of arrays contain their shardings."""
     types = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in types if kind == AxisType.Explicit)
