@@ -86,7 +86,7 @@ class Accumulator:
         first: ArrayLike,
         summed: bool = False,
         agree: Callable[[jax.Array], jax.Array] = _as_it_is,
-        total: Callable[[PyTree], PyTree] = _as_it_is,
+        sum_over: Callable[[PyTree], PyTree] = _as_it_is,
     ) -> tuple[Sums, jax.Array]:
         """Adds one microbatch.
 
@@ -99,7 +99,7 @@ class Accumulator:
           summed: the gradients are sums over items, under "mean" too. Static.
           agree: `agree(flags)`, () or (n,) bool: true where a flag is true on every
             device. The identity on one device.
-          total: sums a tree over devices.
+          sum_over: sums a tree over devices; for a weight that each has by itself.
 
         Returns:
           `(sums, accepted)`. `accepted`, () bool, is false if the policy or the weight
@@ -143,7 +143,7 @@ class Accumulator:
 
         new = jax.tree.map(keep, sums.grads, grads, added)
         sums = sums._replace(grads=new)
-        return _count(sums, weight, args, first, taken, total), accepted
+        return _count(sums, weight, args, first, taken, sum_over), accepted
 
     def result(self, sums: Sums) -> tuple[PyTree, dict[str, jax.Array]]:
         """Returns the reduced gradient, in at least float32, and averaged arguments."""
@@ -259,13 +259,13 @@ def _count(
     args: Mapping[str, ArrayLike],
     first: ArrayLike,
     taken: jax.Array,
-    total: Callable[[PyTree], PyTree] = _as_it_is,
+    sum_over: Callable[[PyTree], PyTree] = _as_it_is,
 ) -> Sums:
     def weighed(name: str, a: jax.Array) -> jax.Array:
         return jnp.where(taken, weight * jnp.asarray(args[name], a.dtype), 0)
 
     values = {name: weighed(name, a) for name, a in sums.args.items()}
-    seen, values = total((jnp.where(taken, weight, 0), values))
+    seen, values = sum_over((jnp.where(taken, weight, 0), values))
     return sums._replace(
         weight=(sums.weight + seen).astype(sums.weight.dtype),
         args={n: jnp.where(first, 0, a) + values[n] for n, a in sums.args.items()},

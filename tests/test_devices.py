@@ -669,3 +669,87 @@ def test_the_weight_of_a_call_is_that_of_all_devices(checked):
     for leaf in jax.tree.leaves(params):  # they stay together, whatever it means
         copies = [np.asarray(shard.data) for shard in leaf.addressable_shards]
         assert all(np.array_equal(copies[0], x) for x in copies)
+
+
+@pytest.mark.parametrize("how", ["mean", "sum", "last", "stack", "concat"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduce_axis", [None, "data"])
+def test_an_aux_may_be_sharded_over_another_explicit_axis(how, weighted, reduce_axis):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def fun(w, x):
+        y = x @ w  # (rows, 4), its columns over "model"
+        aux = y if how == "concat" else jnp.sum(y, 0)
+        loss = jnp.sum(y**2), jnp.float32(len(x))
+        return (loss if weighted else loss[0] / loss[1]), aux
+
+    w = jnp.arange(12.0).reshape(3, 4) / 12
+    x = jnp.arange(24.0).reshape(8, 3) / 24
+    f = accumax.value_and_grad(
+        fun,
+        has_aux=True,
+        weighted=weighted,
+        microbatches=2,
+        aux=how,
+        reduce_axis=reduce_axis,
+    )
+    with jax.set_mesh(mesh):
+        placed = (
+            jax.device_put(w, NamedSharding(mesh, P(None, "model"))),
+            jax.device_put(x, NamedSharding(mesh, P("data"))),
+        )
+        (_, aux), grads = jax.jit(f)(*placed)
+    (_, want), want_grads = f_on_one(fun, weighted, how, w, x, reduce_axis)
+    np.testing.assert_allclose(aux, want, rtol=1e-5)
+    np.testing.assert_allclose(grads, want_grads, rtol=1e-5)
+
+
+def f_on_one(fun, weighted, how, w, x, reduce_axis):
+    """The same microbatches, by hand: those of one device after those of another."""
+    devices = 1 if reduce_axis is None else 2
+    rows = x.reshape(devices, -1, 2, 3)  # (device, row, microbatch, ...)
+    parts = [rows[d, :, i] for d in range(devices) for i in range(2)]
+    if reduce_axis is None:
+        parts = [x[i::2] for i in range(2)]
+    auxs = [fun(w, part)[1] for part in parts]
+    aux = {
+        "mean": lambda: sum(auxs) / len(auxs),
+        "sum": lambda: sum(auxs),
+        "last": lambda: auxs[-1],
+        "stack": lambda: jnp.stack(auxs),
+        "concat": lambda: x @ w,
+    }[how]()
+    grads = jax.grad(lambda w: jnp.sum((x @ w) ** 2) / len(x))(w)
+    return (None, aux), grads
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("microbatches", [None, 2])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_parameters_on_no_mesh_learn_from_rows_on_an_explicit_one(
+    weighted, microbatches, in_place
+):
+    """Element-wise: a product along explicit axes must name its own sharding."""
+
+    def fun(w, x):
+        loss = jnp.sum(jnp.tanh(w["scale"] * x + w["shift"]) ** 2)
+        return (loss, jnp.float32(len(x))) if weighted else loss / len(x)
+
+    def mean(w, x):
+        return jnp.sum(jnp.tanh(w["scale"] * x + w["shift"]) ** 2) / len(x)
+
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jnp.linspace(-1, 1, 48).reshape(16, 3)
+    begun = {"scale": jnp.arange(3.0)[None], "shift": jnp.float32(0.5)}
+    tx = accumax.accumulate(optax.sgd(1.0), 2)
+    step = jax.jit(
+        accumax.train_step(
+            fun, tx, weighted=weighted, microbatches=microbatches, in_place=in_place
+        )
+    )
+    params, state = begun, tx.init(begun)
+    for _ in range(2):
+        rows = jax.device_put(x, NamedSharding(mesh, P("data")))
+        params, state, _ = step(params, state, rows)
+    got = jax.tree.map(lambda p, q: p - q, begun, params)
+    assert distance(got, jax.grad(mean)(begun, x)) < 1e-5

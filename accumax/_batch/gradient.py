@@ -89,7 +89,7 @@ class Gradient:
         live = dict(zip(call.argnums, call.live, strict=True))
         args = with_live(call.args, live)
         source = self.loop.losses[0].source
-        divide, by_place, named = self.divide.over(
+        divide, by_place, named = self.divide.per_device(
             devices, source, call.argnums, args, call.kwargs
         )
         specs = [devices.arg(n, args[n], spec) for n, spec in enumerate(by_place)]

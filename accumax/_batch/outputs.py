@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .. import _tree
 from .._devices.one import Devices
 from .._types import ArrayLike, PyTree
-from .._xla.varying import sharded
+from .._xla.varying import zeros
 from .split import Part, Parts
 
 
@@ -25,7 +25,7 @@ class AuxReduction(NamedTuple):
       init: `(like, parts) -> carry`.
       add: `(carry, x, part, weight) -> carry` adds the leaf `x` of one microbatch,
         which weighs `weight`, () float.
-      over: `(carry, devices) -> carry` combines the carries of all devices.
+      combine: `(carry, devices) -> carry` combines the carries of all devices.
       result: `(carry, like, parts, weight) -> array`; `weight` is the sum of all.
       check: `(where, like, tail, parts)` raises if the leaf, or its shape in the tail,
         cannot be reduced in this way.
@@ -34,7 +34,7 @@ class AuxReduction(NamedTuple):
 
     init: Callable[[jax.ShapeDtypeStruct, Parts], Any]
     add: Callable[[Any, Any, Part, jax.Array], Any]
-    over: Callable[[Any, Devices], Any]
+    combine: Callable[[Any, Devices], Any]
     result: Callable[[Any, jax.ShapeDtypeStruct, Parts, jax.Array], jax.Array]
     check: Callable[[str, Any, Any, Parts], None]
     by_device: bool = False
@@ -60,9 +60,9 @@ def _mean() -> AuxReduction:
         _check_alike(where, "mean", like, tail, parts)
 
     return AuxReduction(
-        init=lambda like, parts: jnp.zeros(like.shape, _tree.wide(like.dtype)),
+        init=lambda like, parts: zeros(like, _tree.wide(like.dtype)),
         add=add,
-        over=lambda carry, devices: devices.sum(carry),
+        combine=lambda carry, devices: devices.sum(carry),
         result=result,
         check=check,
     )
@@ -73,7 +73,7 @@ def _sum() -> AuxReduction:
         dtype = _sum_dtype(like)
         if jnp.issubdtype(dtype, jnp.inexact):
             dtype = _tree.wide(dtype)
-        return jnp.zeros(like.shape, dtype)
+        return zeros(like, dtype)
 
     def check(where: str, like: Any, tail: Any, parts: Parts) -> None:
         if jnp.issubdtype(like.dtype, jax.dtypes.extended):
@@ -86,7 +86,7 @@ def _sum() -> AuxReduction:
     return AuxReduction(
         init=init,
         add=lambda carry, x, part, weight: carry + jnp.asarray(x, carry.dtype),
-        over=lambda carry, devices: devices.sum(carry),
+        combine=lambda carry, devices: devices.sum(carry),
         result=lambda carry, like, *_: carry.astype(_sum_dtype(like)),
         check=check,
     )
@@ -94,9 +94,9 @@ def _sum() -> AuxReduction:
 
 def _last() -> AuxReduction:
     return AuxReduction(
-        init=lambda like, parts: jnp.zeros(like.shape, like.dtype),
+        init=lambda like, parts: zeros(like),
         add=lambda carry, x, part, weight: _tree.strong(x),
-        over=lambda carry, devices: devices.last(carry),
+        combine=lambda carry, devices: devices.last(carry),
         result=lambda carry, *_: carry,
         check=lambda where, *what: _check_alike(where, "last", *what),
     )
@@ -112,7 +112,7 @@ def _stack() -> AuxReduction:
     return AuxReduction(
         init=init,
         add=add,
-        over=lambda carry, devices: carry,
+        combine=lambda carry, devices: carry,
         result=lambda carry, *_: carry,
         check=lambda where, *what: _check_alike(where, "stack", *what),
         by_device=True,
@@ -122,7 +122,9 @@ def _stack() -> AuxReduction:
 def _concat() -> AuxReduction:
     def init(like: jax.ShapeDtypeStruct, parts: Parts) -> Any:
         whole = _zeros(like, 1, (parts.size, parts.count, *like.shape[1:]))
-        return whole, jnp.zeros((parts.tail, *like.shape[1:]), like.dtype)
+        shape = parts.tail, *like.shape[1:]
+        rest = jax.ShapeDtypeStruct(shape, like.dtype, sharding=like.sharding)
+        return whole, zeros(rest)
 
     def add(carry: Any, x: Any, part: Part, weight: jax.Array) -> Any:
         (whole, rest), x = carry, _tree.strong(x)
@@ -147,7 +149,7 @@ def _concat() -> AuxReduction:
     return AuxReduction(
         init=init,
         add=add,
-        over=lambda carry, devices: carry,
+        combine=lambda carry, devices: carry,
         result=result,
         check=check,
         by_device=True,
@@ -157,7 +159,7 @@ def _concat() -> AuxReduction:
 def _of_user(how: Any) -> AuxReduction:
     """Wraps a user's reduction, such as an `optax.microbatching.Accumulator`."""
 
-    def over(carry: Any, devices: Devices) -> Any:
+    def combine(carry: Any, devices: Devices) -> Any:
         raise ValueError(
             f"aux={how!r} does not say what several devices have together. Choose one "
             f"of {tuple(_NAMED)} with reduce_axis."
@@ -166,7 +168,7 @@ def _of_user(how: Any) -> AuxReduction:
     return AuxReduction(
         init=lambda like, parts: how.init(like),
         add=lambda carry, x, part, weight: how.update(carry, x, part.index),
-        over=over,
+        combine=combine,
         result=lambda carry, *_: how.finalize(carry),
         check=lambda where, *what: _check_alike(where, repr(how), *what),
     )
@@ -220,10 +222,10 @@ class Reducer(NamedTuple):
         each = zip(self.leaves, sums, jax.tree.leaves(tree), strict=True)
         return [leaf.how.add(a, x, part, weight) for leaf, a, x in each]
 
-    def over(self, devices: Devices, sums: list[Any]) -> list[Any]:
+    def combine(self, devices: Devices, sums: list[Any]) -> list[Any]:
         """Combines the sums of all devices, except for "stack" and "concat"."""
         pairs = zip(self.leaves, sums, strict=True)
-        return [leaf.how.over(a, devices) for leaf, a in pairs]
+        return [leaf.how.combine(a, devices) for leaf, a in pairs]
 
     def result(self, sums: list[Any], weight: ArrayLike) -> PyTree:
         """Returns the reduced tree; `weight` is the sum over all microbatches."""
@@ -354,12 +356,12 @@ def _check_alike(where: str, how: str, like: Any, tail: Any, parts: Parts) -> No
 
 def _zeros(like: jax.ShapeDtypeStruct, new: int, shape: tuple[int, ...]) -> jax.Array:
     """Returns zeros of `shape`, that of `like` with one more axis at `new`."""
-    zeros, sharding = jnp.zeros(shape, like.dtype), like.sharding
+    sharding = like.sharding
     if isinstance(sharding, NamedSharding):
         spec = [*sharding.spec]
         spec.insert(new, None)
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec))
-    return sharded(zeros, sharding)
+    return zeros(jax.ShapeDtypeStruct(shape, like.dtype, sharding=sharding))
 
 
 def _sum_dtype(like: jax.ShapeDtypeStruct) -> Any:

@@ -102,7 +102,7 @@ class Loop:
         sums, seen, state = parts.scan(_body(terms), carry)
 
         def together(devices: Devices) -> Any:
-            each = [t.over(devices, s) for t, s in zip(terms, seen, strict=True)]
+            each = [t.combine(devices, s) for t, s in zip(terms, seen, strict=True)]
             return each, loss.end(devices, first, state, terms[0].kept())
 
         seen, state = devices.reduce((seen, state), together)
@@ -259,11 +259,13 @@ class _Term:
             return share, jnp.bool_(False)
         return jnp.where(counts(found), found, 0), ~usable(found)
 
-    def over(self, devices: Devices, seen: _Seen) -> _Seen:
+    def combine(self, devices: Devices, seen: _Seen) -> _Seen:
         """Sums over all devices."""
         refused = seen.refused.astype(seen.weight.dtype)  # for one all-reduce
         value, weight, refused = devices.sum((seen.value, seen.weight, refused))
-        return _Seen(value, weight, refused > 0, self.reducer.over(devices, seen.aux))
+        return _Seen(
+            value, weight, refused > 0, self.reducer.combine(devices, seen.aux)
+        )
 
     def end(self, seen: _Seen) -> Loss:
         value = seen.value
@@ -342,6 +344,7 @@ def backward(
         return add_backward(fun, params, sums, taken=taken)
     value, vjp, aux = jax.vjp(fun, params, has_aux=True)
     (grads,) = vjp(jnp.ones_like(value))
+    # The weight is a mask here, so the gradients are passed as sums.
     weight = jnp.where(True if taken is None else taken, 1.0, 0.0)
     grads, weight = scatter(grads, sums, weight)
     before = Sums(sums, jnp.zeros((), float), {})

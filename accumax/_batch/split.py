@@ -122,7 +122,7 @@ class Split:
     rng_argnums: tuple[Place, ...]
     unroll: int | bool
 
-    def over(
+    def per_device(
         self,
         devices: Devices,
         fun: Callable[..., Any],

@@ -104,7 +104,7 @@ def _end(devices: Devices, first: Any, last: Any, kept: Any) -> Any:
         return old if as_it_was else devices.last(new)
 
     rest = jax.tree.map(ended, first[1], last[1], kept[1])
-    return running.over(devices, last[0]), rest
+    return running.combine(devices, last[0]), rest
 
 
 def _is_typed(x: Any) -> bool:

@@ -97,7 +97,7 @@ def add(pool: Pool, statistics: PyTree, weight: ArrayLike) -> Pool:
     return Pool(pool.found, mean, spreads, total)
 
 
-def over(devices: Devices, pool: Pool) -> Pool:
+def combine(devices: Devices, pool: Pool) -> Pool:
     """Combines the pools of all devices."""
     some, weight = pool.weight > 0, pool.weight
     total = devices.sum(weight)

@@ -22,7 +22,8 @@ class AccumulateState(NamedTuple):
       acc_weight: () float, the open window's sum of weights; 0 if no window is open.
       acc_args: the open window's weighted sums of `averaged_args`, () float each.
       emitted: () bool, whether the latest call applied an update; see `has_updated`.
-      skipped: () int32, the calls whose gradient or weight was refused so far.
+      skipped: () int32, the calls so far whose gradient or weight was refused, and the
+        windows that were lost because their weights cannot divide.
 
     The counts stop at the largest int32 and never overflow.
     """

@@ -64,7 +64,7 @@ class Window:
             weight,
             extra_args,
             first=state.mini_step == 0,
-            total=self.devices.sum,
+            sum_over=self.devices.sum,
         )
         return sums, self.progress(state, accepted, flush)
 

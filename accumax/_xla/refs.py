@@ -19,7 +19,7 @@ from .._tree import strong
 from .._types import PyTree
 from .jaxprs import hands_on_refs, of_linear_program, sliced, unsafe_refs
 from .loops import at_most_once, reset
-from .varying import typed_like
+from .varying import on_mesh_of, typed_like, zeros
 
 T = TypeVar("T")
 
@@ -118,7 +118,7 @@ def _add_backward(
     variables = jax.tree.map(variable, params, sums, ported)
     if taken is None:
         value, vjp, aux = jax.vjp(through, variables, has_aux=True)
-        seed = jnp.ones_like(value)
+        seed, sums = jnp.ones_like(value), on_mesh_of(jax.typeof(value), sums)
         if first is not None:
             sums, seed = reset(sums, first, seed)
         return aux, add(vjp, sums, seed)
@@ -133,7 +133,7 @@ def _add_backward(
         return value, jax.tree.map(strong, (values, arrays))
 
     value, out = jax.eval_shape(through_arrays, variables)
-    seed = jnp.ones((), value.dtype)
+    seed, sums = jnp.ones((), value.dtype), on_mesh_of(value, sums)
     if first is not None:
         sums, seed = reset(sums, first, seed)
 
@@ -145,8 +145,7 @@ def _add_backward(
         del aux
         return through_arrays(variables)[1][1]
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), out)
-    (values, aux), sums = at_most_once(taken, both, (zeros, sums))
+    (values, aux), sums = at_most_once(taken, both, (jax.tree.map(zeros, out), sums))
     if aux:
         aux = at_most_once(~taken, forward, aux)
     return (values, _joined(aux, *static)), sums

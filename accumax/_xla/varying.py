@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .._types import PyTree
 
@@ -63,6 +64,30 @@ def sharded(x: jax.Array, sharding: Any) -> jax.Array:
         return x
     same = jax.typeof(x).sharding == sharding
     return x if same else jax.sharding.reshard(x, sharding)
+
+
+def on_mesh_of(like: Any, tree: T) -> T:
+    """`tree`, replicated on the mesh of the type `like` where it is on no mesh.
+
+    The types of cotangents are on a mesh with explicit axes if the loss is; JAX adds
+    them to no ref whose type is not.
+    """
+    mesh = getattr(like.sharding, "mesh", None)
+    if mesh is None or mesh.empty or not explicit_axes(mesh):
+        return tree
+
+    def placed(x: jax.Array) -> jax.Array:
+        if not jax.typeof(x).sharding.mesh.empty:
+            return x
+        return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec()))
+
+    return jax.tree.map(placed, tree)
+
+
+def zeros(like: Any, dtype: Any = None) -> jax.Array:
+    """Zeros of the shape of `like`, and of its sharding over explicit axes."""
+    dtype = like.dtype if dtype is None else dtype
+    return sharded(jnp.zeros(like.shape, dtype), getattr(like, "sharding", None))
 
 
 def explicit_axes(mesh: Any) -> tuple[str, ...]:
