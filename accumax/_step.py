@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from . import _tree
 from ._batch.arguments import Places, parameters
-from ._batch.gradient import Begun, Gradient, at_once
+from ._batch.gradient import Gradient, OpenSums, at_once
 from ._batch.loss import Call, Loss, StatefulLoss
 from ._batch.outputs import check_aux_wanted, check_reductions
 from ._batch.scan import Loop, Outcome
@@ -136,9 +136,11 @@ class Step:
         if not self.in_place or policy != "propagate" or weight is not None:
             out = gradient(call)
             (grads,) = out.grads
-            add = functools.partial(window.add_own, grads=grads, summed=self.weighted)
+            add = functools.partial(
+                window.add_on_devices, grads=grads, summed=self.weighted
+            )
         else:
-            out = gradient(call, Begun((sums.grads,), first))
+            out = gradient(call, OpenSums((sums.grads,), first))
             (grads,) = out.grads
             sums, add = sums._replace(grads=grads), window.accumulator.tally
         (result,) = out.losses

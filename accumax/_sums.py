@@ -74,7 +74,9 @@ class Accumulator:
 
         Like `add`, but only the weight can be refused.
         """
-        return _count(sums, weight, args, first, counts(weight)), usable(weight)
+        return _count(sums, weight, args, first, has_items(weight)), is_valid_weight(
+            weight
+        )
 
     def add(
         self,
@@ -116,7 +118,7 @@ class Accumulator:
         grads = jax.tree.map(scaled, sums.grads, grads)
         added = jax.tree.map(jnp.add, sums.grads, grads)
         if self.nonfinite == "propagate":
-            accepted = agree(usable(weight))
+            accepted = agree(is_valid_weight(weight))
         else:
             averaged = [jnp.asarray(args[name]) for name in self.averaged_args]
 
@@ -124,7 +126,7 @@ class Accumulator:
                 # Check the sum and not the gradient: this finds a NaN, an infinite
                 # product and an overflow of the sum.
                 finite = _tree.all_finite((new, averaged))
-                return usable(weight) & ((weight == 0) | finite)
+                return is_valid_weight(weight) & ((weight == 0) | finite)
 
             # In one array, so that several devices communicate once.
             checks = _tree.all_finite(sums), fits(grads), fits(added)
@@ -233,7 +235,7 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
     return jnp.asarray(weight, float)
 
 
-def usable(weight: jax.Array) -> jax.Array:
+def is_valid_weight(weight: jax.Array) -> jax.Array:
     """() bool: whether `weight` is finite and not negative."""
     return (weight >= 0) & jnp.isfinite(weight)  # NaN fails both
 
@@ -248,9 +250,9 @@ def _most() -> float:
     return 1 / float(jnp.finfo(jax.dtypes.canonicalize_dtype(float)).tiny)
 
 
-def counts(weight: jax.Array) -> jax.Array:
+def has_items(weight: jax.Array) -> jax.Array:
     """() bool: whether a microbatch of this weight adds anything."""
-    return usable(weight) & (weight > 0)
+    return is_valid_weight(weight) & (weight > 0)
 
 
 def _count(

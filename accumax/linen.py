@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import jax.numpy as jnp
 import optax
@@ -148,7 +148,7 @@ class TrainState(train_state.TrainState):
             # Flax's fp8: these "gradients" are new values, in each call.
             overwritten[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]
             grads = grads["params"]
-        statistics = self._check(kwargs.pop(STATISTICS, None))
+        statistics = _checked(self, kwargs.pop(STATISTICS, None))
         params, opt_state = apply_gradients(
             self.tx,
             _optimized(self.params),
@@ -158,7 +158,8 @@ class TrainState(train_state.TrainState):
             flush=flush,
             **(extra_args or {}),
         )
-        return self._after(
+        return _after(
+            self,
             params,
             opt_state,
             statistics,
@@ -170,11 +171,11 @@ class TrainState(train_state.TrainState):
 
     def flush(self, **extra_args: Any) -> Self:
         """Closes an open window, as `accumax.flush` does; returns the new state."""
-        self._check(None)
+        _checked(self, None)
         params, opt_state = flush(
             self.tx, _optimized(self.params), self.opt_state, **extra_args
         )
-        return self._after(params, opt_state, None, 0.0, called=False)
+        return _after(self, params, opt_state, None, 0.0, called=False)
 
     @classmethod
     def train_step(
@@ -267,7 +268,7 @@ class TrainState(train_state.TrainState):
                     f"state.params has {OVERWRITE_WITH_GRADIENT!r}, whose gradients "
                     "are new values and not to be added up. Use apply_gradients."
                 )
-            statistics = state._check(getattr(state, STATISTICS) if pooled else None)
+            statistics = _checked(state, getattr(state, STATISTICS) if pooled else None)
             handing = handed.handing(state, statistics, loss_fn)
             params, opt_state, loss, carried = run_step(
                 window_of(state.tx, "train_step"),
@@ -281,7 +282,8 @@ class TrainState(train_state.TrainState):
             statistics, (new, _), rows = handing.settle(
                 carried, momenta, accepted(state.opt_state, opt_state)
             )
-            state = state._after(
+            state = _after(
+                state,
                 params,
                 opt_state,
                 statistics if pooled else None,
@@ -293,54 +295,56 @@ class TrainState(train_state.TrainState):
 
         return step
 
-    def _check(self, statistics: PyTree) -> PyTree:
-        """Checks `statistics`, and returns them frozen or not, as in the state."""
-        if self.microstep is None:
-            name = type(self).__name__
-            raise TypeError(f"This {name} was not made by {name}.create(...): make it.")
-        if statistics is None:
-            return None
-        if self.pool is None:
-            raise ValueError(
-                f"This state pools no {STATISTICS}. Pass {STATISTICS}=... and "
-                "momentum=... to TrainState.create."
-            )
-        own = getattr(self, STATISTICS)
-        statistics = frozen_as(statistics, own)
-        _tree.check_same(STATISTICS, statistics, own)
-        return statistics
 
-    def _after(
-        self,
-        params: PyTree,
-        opt_state: AccumulateState,
-        statistics: PyTree,
-        rows: ArrayLike,
-        *,
-        called: bool,
-        overwritten: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Returns the state after a call or a flush; `params` is the optimized part."""
-        if _has_overwritten(self.params):
-            params = {**self.params, "params": params, **(overwritten or {})}
-        if self.pool is not None:
-            kwargs["pool"], kwargs[STATISTICS] = running.after_call(
-                self.pool,
-                getattr(self, STATISTICS),
-                self.momentum,
-                (statistics, rows),
-                before=cast(AccumulateState, self.opt_state),
-                after=opt_state,
-            )
-        count = optax.safe_increment
-        return self.replace(
-            step=jnp.where(opt_state.emitted, count(self.step), self.step),
-            microstep=count(self.microstep) if called else self.microstep,
-            params=params,
-            opt_state=opt_state,
-            **kwargs,
+def _checked(state: TrainState, statistics: PyTree) -> PyTree:
+    """Checks `statistics`, and returns them frozen or not, as in the state."""
+    if state.microstep is None:
+        name = type(state).__name__
+        raise TypeError(f"This {name} was not made by {name}.create(...): make it.")
+    if statistics is None:
+        return None
+    if state.pool is None:
+        raise ValueError(
+            f"This state pools no {STATISTICS}. Pass {STATISTICS}=... and "
+            "momentum=... to TrainState.create."
         )
+    own = getattr(state, STATISTICS)
+    statistics = frozen_as(statistics, own)
+    _tree.check_same(STATISTICS, statistics, own)
+    return statistics
+
+
+def _after(
+    state: Any,
+    params: PyTree,
+    opt_state: AccumulateState,
+    statistics: PyTree,
+    rows: ArrayLike,
+    *,
+    called: bool,
+    overwritten: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Returns the state after a call or a flush; `params` is the optimized part."""
+    if _has_overwritten(state.params):
+        params = {**state.params, "params": params, **(overwritten or {})}
+    if state.pool is not None:
+        kwargs["pool"], kwargs[STATISTICS] = running.after_call(
+            state.pool,
+            getattr(state, STATISTICS),
+            state.momentum,
+            (statistics, rows),
+            before=state.opt_state,
+            after=opt_state,
+        )
+    count = optax.safe_increment
+    return state.replace(
+        step=jnp.where(opt_state.emitted, count(state.step), state.step),
+        microstep=count(state.microstep) if called else state.microstep,
+        params=params,
+        opt_state=opt_state,
+        **kwargs,
+    )
 
 
 def _check_fields(state: Any, names: tuple[str, ...]) -> None:

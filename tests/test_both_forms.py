@@ -150,7 +150,7 @@ def test_a_microbatch_whose_weight_is_unusable_is_counted(nonfinite, in_place):
     w, state = 1.0, tx.init(1.0)
     w, state, _ = jax.jit(step)(w, state, jnp.array([1.0, -5.0, 2.0]))
     assert state.skipped == 1
-    if nonfinite == "propagate":  # what is usable is added
+    if nonfinite == "propagate":  # the valid weights are added
         assert (state.acc_grads, state.acc_weight, state.mini_step) == (3, 3, 1)
     else:  # all of the call, or nothing
         assert state.acc_weight == 0

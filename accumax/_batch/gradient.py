@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from .._devices.one import Devices
-from .._sums import Accumulator, counts
+from .._sums import Accumulator, has_items
 from .._types import PyTree
 from .._xla.jaxprs import pruned
 from .._xla.loops import reset
@@ -19,7 +19,7 @@ from .scan import Loop, Outcome
 from .split import Split
 
 
-class Begun(NamedTuple):
+class OpenSums(NamedTuple):
     """Gradient sums of a window, to which a call adds in place.
 
     Attributes:
@@ -32,7 +32,7 @@ class Begun(NamedTuple):
 
 
 def at_once(
-    loss: StatefulLoss, weighted: bool, call: Call, begun: Begun | None = None
+    loss: StatefulLoss, weighted: bool, call: Call, begun: OpenSums | None = None
 ) -> Outcome:
     """Computes the gradient of a call without microbatches, for its one argument.
 
@@ -53,7 +53,7 @@ def at_once(
         value, vjp, (_, (aux, state)) = jax.vjp(fun, live, has_aux=True)
         grads = vjp(jnp.ones_like(value))[0]
     else:
-        taken = None if weight is None else counts(weight)
+        taken = None if weight is None else has_items(weight)
         (value, (aux, state)), grads = add_backward(
             fun, live, begun.sums[0], begun.first, taken
         )
@@ -82,7 +82,7 @@ class Gradient:
     devices: Devices
     whole: bool = False
 
-    def __call__(self, call: Call, begun: Begun | None = None) -> Outcome:
+    def __call__(self, call: Call, begun: OpenSums | None = None) -> Outcome:
         """Computes the gradient of `call`, added to the sums in `begun`, if any."""
         devices = self.devices.at(call.args, call.argnums)
         # Python numbers become arrays, whose types say how they are sharded.
@@ -96,7 +96,7 @@ class Gradient:
         same: Any = PartitionSpec()
 
         def on_device(
-            args: tuple, kwargs: Any, given: Any, state: Any, begun: Begun | None
+            args: tuple, kwargs: Any, given: Any, state: Any, begun: OpenSums | None
         ) -> Outcome:
             here = dataclasses.replace(
                 call, args=args, kwargs=kwargs, given=given, state=state
@@ -110,12 +110,12 @@ class Gradient:
         return devices.map(
             on_device,
             (args, call.kwargs, call.given, call.state, begun),
-            (tuple(specs), named, same, same, begun and Begun(devices.sums, same)),
+            (tuple(specs), named, same, same, begun and OpenSums(devices.sums, same)),
             Outcome(losses, devices.sums, same, same, same),
         )
 
     def _run(
-        self, devices: Devices, divide: Split, call: Call, begun: Begun | None
+        self, devices: Devices, divide: Split, call: Call, begun: OpenSums | None
     ) -> Outcome:
         """Runs on a device: scans over its microbatches."""
         loop, source = self.loop, self.loop.losses[0].source

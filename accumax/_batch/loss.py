@@ -34,9 +34,9 @@ class Loss(NamedTuple):
         # In at least float32: a weight of 70000 is infinite in float16.
         dtype = _tree.wide(self.value.dtype)
         weight = self.weight.astype(dtype)
-        counts = weight != 0  # not "> 0": a NaN weight gives a NaN mean
-        mean = self.value.astype(dtype) / jnp.where(counts, weight, 1)
-        return jnp.where(counts, mean, 0).astype(self.value.dtype)
+        weighs = weight != 0  # not "> 0": a NaN weight gives a NaN mean
+        mean = self.value.astype(dtype) / jnp.where(weighs, weight, 1)
+        return jnp.where(weighs, mean, 0).astype(self.value.dtype)
 
 
 def _as_begun(devices: Devices, given: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:

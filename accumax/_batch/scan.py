@@ -11,12 +11,12 @@ from jax import lax
 
 from .. import _tree
 from .._devices.one import ONE, Devices
-from .._sums import Sums, accumulator, counts, usable
+from .._sums import Sums, accumulator, has_items, is_valid_weight
 from .._types import ArrayLike, PyTree
-from .._xla.jaxprs import pruned, returns_as_it_is
+from .._xla.jaxprs import pruned, unchanged_leaves
 from .._xla.loops import at_most_once
 from .._xla.refs import add_backward, is_batched
-from .._xla.varying import fitted, typed_like
+from .._xla.varying import match_varying, typed_like
 from .loss import Call, Loss, StatefulLoss, with_live
 from .outputs import check_aux_leaves, reducer
 from .split import Part, Parts
@@ -94,12 +94,12 @@ class Loop:
             _Term(self, fun, live, parts, aux, seed, given, state, devices)
             for fun, aux in zip(self.losses, self.aux, strict=True)
         ]
-        total = None
+        total, factors = None, None
         if self.weighted and self.mean and len(terms) > 1:
-            total = _normalise(terms, parts, devices)
+            total, factors = _one_divisor(terms, parts, devices)
 
         carry = sums, [term.begin() for term in terms], state
-        sums, seen, state = parts.scan(_body(terms), carry)
+        sums, seen, state = parts.scan(_body(terms, factors), carry)
 
         def together(devices: Devices) -> Any:
             each = [t.combine(devices, s) for t, s in zip(terms, seen, strict=True)]
@@ -140,7 +140,7 @@ class _Term:
         live: dict[int, PyTree],
         parts: Parts,
         aux: PyTree,
-        seed: Callable[[int], ArrayLike],
+        seed: Callable[[int], float],
         given: PyTree,
         state: PyTree,
         devices: Devices,
@@ -153,7 +153,7 @@ class _Term:
             for part in parts.each()
         ]
         self.shape = shapes[0]
-        devices.check_own("The loss", self.shape.value)
+        devices.check_unreduced("The loss", self.shape.value)
         self.in_place, self.agree = loop.in_place and devices.in_place, _identity
         if loop.weighted:
             self.agree, unhindered = self._agreement(parts.each())
@@ -196,7 +196,7 @@ class _Term:
         def after(part: Part) -> Any:
             return lambda state: self.read(self.whole(part), part, state)[1]
 
-        asked = [returns_as_it_is(after(x), self.state) for x in self.parts.each()]
+        asked = [unchanged_leaves(after(x), self.state) for x in self.parts.each()]
         return structure.unflatten(map(all, zip(*asked, strict=True)))
 
     def loss(self, part: Part, state: PyTree) -> Loss:
@@ -212,13 +212,21 @@ class _Term:
         return _Seen(jnp.zeros((), dtype), zero, jnp.bool_(False), self.reducer.init())
 
     def add(
-        self, grads: PyTree, seen: _Seen, part: Part, state: PyTree
+        self,
+        grads: PyTree,
+        seen: _Seen,
+        part: Part,
+        state: PyTree,
+        factor: jax.Array | None,
     ) -> tuple[PyTree, _Seen, PyTree]:
+        """Adds a microbatch; `factor`, () float, multiplies its gradient."""
         dtype = seen.value.dtype
 
         def fun(live: dict[int, PyTree]) -> tuple[jax.Array, Any]:
             loss, new = self.read(live, part, state)
             value, seed = loss.value, self.seed(part.rows)
+            if factor is not None:
+                seed = factor * seed
             if not (isinstance(seed, float) and seed == 1):
                 value = value.astype(dtype) * seed
             return value, (loss.value, (loss.aux, new))
@@ -229,7 +237,7 @@ class _Term:
             live,
             grads,
             in_place=self.in_place,
-            taken=None if found is None else self.agree(counts(found)),
+            taken=None if found is None else self.agree(has_items(found)),
             scatter=self.devices.scatter,
         )
         value, (weight, refused) = value.astype(dtype), self.weigh(found, part)
@@ -257,7 +265,7 @@ class _Term:
         if found is None:
             share = jnp.asarray(part.rows / self.parts.unit, float)
             return share, jnp.bool_(False)
-        return jnp.where(counts(found), found, 0), ~usable(found)
+        return jnp.where(has_items(found), found, 0), ~is_valid_weight(found)
 
     def combine(self, devices: Devices, seen: _Seen) -> _Seen:
         """Sums over all devices."""
@@ -278,12 +286,13 @@ class _Term:
         )
 
 
-def _body(terms: list[_Term]) -> Callable[[Any, Part], Any]:
+def _body(terms: list[_Term], factors: jax.Array | None) -> Callable[[Any, Part], Any]:
     """Returns the scan's body: `((grads, seen by term, state), part) -> carry`."""
 
     def add(carry: Any, part: Part, i: int) -> Any:
         grads, seen, state = carry
-        grads, new, state = terms[i].add(grads, seen[i], part, state)
+        factor = None if factors is None else factors[i]
+        grads, new, state = terms[i].add(grads, seen[i], part, state, factor)
         return grads, [*seen[:i], new, *seen[i + 1 :]], state
 
     def in_turn(carry: Any, part: Part) -> Any:
@@ -296,19 +305,22 @@ def _body(terms: list[_Term]) -> Callable[[Any, Part], Any]:
                 carry = at_most_once(jnp.equal(n, i), this, carry)
             return carry, None
 
-        carry = fitted(lambda carry: turn(carry, 0)[0], carry)
+        carry = match_varying(lambda carry: turn(carry, 0)[0], carry)
         return lax.scan(turn, carry, jnp.arange(len(terms)))[0]
 
     return functools.partial(add, i=0) if len(terms) == 1 else in_turn
 
 
-def _normalise(terms: list[_Term], parts: Parts, devices: Devices) -> jax.Array:
-    """Changes the seeds so that one number, () float, divides all weighted losses.
+def _one_divisor(
+    terms: list[_Term], parts: Parts, devices: Devices
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the number that divides all weighted losses, and a factor for each.
 
-    It returns that number: the least of the losses' sums of weights. The seed of each
-    loss is the ratio of that number to its own sum; 1 / sum would underflow in float16.
-    An extra scan computes the sums. If the weights depend only on the batch, as the
-    number of tokens does, XLA drops everything else from that scan.
+    The number, () float, is the least of the losses' sums of weights. The factors,
+    (losses,) float, multiply their gradients: the ratios of that number to their own
+    sums. 1 / sum would underflow in float16. An extra scan computes the sums. If the
+    weights depend only on the batch, as the number of tokens does, XLA drops everything
+    else from that scan.
     """
 
     def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
@@ -321,10 +333,7 @@ def _normalise(terms: list[_Term], parts: Parts, devices: Devices) -> jax.Array:
     sums = devices.sum(sums)
     sums = jnp.where(sums != 0, sums, jnp.inf)  # a loss of weight 0 adds nothing
     least = jnp.min(sums)
-    for term, total in zip(terms, sums, strict=True):
-        seed = term.seed
-        term.seed = lambda rows, seed=seed, factor=least / total: factor * seed(rows)
-    return jnp.where(least != jnp.inf, least, 1)
+    return jnp.where(least != jnp.inf, least, 1), least / sums
 
 
 def backward(

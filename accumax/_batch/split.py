@@ -14,7 +14,7 @@ from .._devices.one import ONE, Devices, fold_in
 from .._devices.specs import only
 from .._types import ArrayLike, PyTree
 from .._xla.loops import after
-from .._xla.varying import explicit_axes, fitted
+from .._xla.varying import explicit_axes, match_varying
 from .arguments import (
     Place,
     check_keys,
@@ -87,7 +87,7 @@ class Parts:
             return body(carry, self.part(i)), None
 
         for part in self.each():
-            carry = fitted(lambda carry, part=part: body(carry, part), carry)
+            carry = match_varying(lambda carry, part=part: body(carry, part), carry)
         with jax.named_scope("accumax.microbatches"):
             if self.unroll is True:
                 for i in range(self.count):
@@ -195,7 +195,7 @@ class Split:
         rows = check_rows({place: call[place] for place in batches})
         for place in keys:
             check_keys(place, call[place])
-        call |= {place: devices.own_keys(call[place]) for place in keys}
+        call |= {place: devices.keys_of_device(call[place]) for place in keys}
         shared = {p: call[p] for p in call.keys() - batches - keys}
         check_shared(shared, rows, argnums, self.batch_argnums)
         size, count = self._sizes(rows)

@@ -32,7 +32,7 @@ class Axes:
     mesh: MeshLike | None = None
 
     @property
-    def inside(self) -> bool:
+    def in_shard_map(self) -> bool:
         """Whether the traced code runs in a `jax.shard_map` over these axes.
 
         Raises:
@@ -68,7 +68,7 @@ class Axes:
         return explicit_axes(self.where())
 
     @property
-    def alone(self) -> bool:
+    def covers_mesh(self) -> bool:
         """Whether all other axes of the mesh have size 1."""
         return math.prod(self.where().shape.values()) == self.count
 
@@ -126,7 +126,7 @@ class Axes:
         Raises:
           ValueError: a leaf is sharded over them.
         """
-        leaves = () if self.inside else jax.tree_util.tree_leaves_with_path(tree)
+        leaves = () if self.in_shard_map else jax.tree_util.tree_leaves_with_path(tree)
         for path, x in leaves:
             spec, sizes = spec_of(x), self.where().shape
             names = tuple(name for name in self.names if sizes[name] > 1)

@@ -100,7 +100,7 @@ class Devices:
         del name
         return x
 
-    def own_keys(self, keys: T) -> T:
+    def keys_of_device(self, keys: T) -> T:
         """Derives the PRNG keys of this device from replicated `keys`."""
         return keys
 
@@ -109,7 +109,7 @@ class Devices:
         del fun
         return own
 
-    def check_own(self, name: str, tree: PyTree) -> None:
+    def check_unreduced(self, name: str, tree: PyTree) -> None:
         """Checks that `tree` is per-device, and not reduced already."""
 
     def agreement(

@@ -43,7 +43,7 @@ class Replicated(Devices):
 
     @property
     def divides(self) -> int:
-        return 1 if self.axes.inside else self.axes.count
+        return 1 if self.axes.in_shard_map else self.axes.count
 
     def at(self, args: tuple, argnums: tuple[int, ...]) -> Devices:
         for n in argnums:
@@ -51,7 +51,11 @@ class Replicated(Devices):
         return self
 
     def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:
-        return fun(*args) if self.axes.inside else self.axes.map(fun, args, specs, out)
+        return (
+            fun(*args)
+            if self.axes.in_shard_map
+            else self.axes.map(fun, args, specs, out)
+        )
 
     @property
     def rows(self) -> PartitionSpec:
@@ -83,7 +87,7 @@ class Replicated(Devices):
         return ~self.any(~flags)
 
     def same(self, name: str, x: jax.Array) -> jax.Array:
-        if not self.axes.inside:
+        if not self.axes.in_shard_map:
             return x
         if not varying(x).isdisjoint(self.names):
             raise ValueError(
@@ -94,13 +98,13 @@ class Replicated(Devices):
         # Under check_vma=False `x` may differ; with the mean, all devices agree.
         return self.sum(x) / self.count
 
-    def own_keys(self, keys: T) -> T:
+    def keys_of_device(self, keys: T) -> T:
         return fold_in(keys, lax.axis_index(self.names))
 
     def reduce(self, own: T, fun: Callable[[Devices], T]) -> T:
         return fun(self)
 
-    def check_own(self, name: str, tree: PyTree) -> None:
+    def check_unreduced(self, name: str, tree: PyTree) -> None:
         # Under check_vma=False JAX does not say whether a value was reduced.
         for axis in filter(is_checked, self.names):
             for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -123,7 +127,7 @@ class Replicated(Devices):
         # Beside another mesh axis, XLA may make devices exchange values in the backward
         # pass, and their weights may differ.
         agree, _ = super().agreement([])
-        return agree, self.axes.alone
+        return agree, self.axes.covers_mesh
 
     def begin(self, sums: T, zeros: Callable[[], T]) -> tuple[Any, T]:
         # Only the first device continues the sums; this needs no second tree.
@@ -194,12 +198,12 @@ class PerDevice(Replicated):
         def zeros() -> PyTree:
             return self.stack(jax.tree.map(zero, shapes, specs))
 
-        if self.axes.inside:
+        if self.axes.in_shard_map:
             return self.vary(zeros())
         return self.axes.map(zeros, (), (), self.rows)
 
     def check_inside(self) -> None:
-        if not self.axes.inside:
+        if not self.axes.in_shard_map:
             raise TypeError(
                 f"accumulate(..., reduce_axis={self.names}) keeps the sums of the "
                 "devices apart, and outside of a jax.shard_map over them there is "

@@ -79,7 +79,7 @@ class Shards(Devices):
     def at(self, args: tuple, argnums: tuple[int, ...]) -> Devices:
         pairs = zip(argnums, self.specs, strict=True)
         cuts = {n: cuts_of(self.axes, args[n], specs) for n, specs in pairs}
-        if self.once or self.axes.inside:
+        if self.once or self.axes.in_shard_map:
             return Sharded(self.axes, cuts, self.once)
         return ByCompiler(self.axes, cuts)
 
@@ -245,7 +245,7 @@ def cuts_of(axes: Axes, params: PyTree, specs: PyTree) -> PyTree:
         spec = spec.spec if isinstance(spec, NamedSharding) else spec
         here = only(spec, axes.names)
         dims = tuple((i, names_in(entry)) for i, entry in enumerate(here) if entry)
-        for i, names in dims if not axes.inside else ():
+        for i, names in dims if not axes.in_shard_map else ():
             count = math.prod(axes.where().shape[name] for name in names)
             if i >= x.ndim or x.shape[i] % count:
                 raise ValueError(
@@ -264,7 +264,7 @@ def cuts_of(axes: Axes, params: PyTree, specs: PyTree) -> PyTree:
 
 def _specs_of_arrays(axes: Axes, params: PyTree) -> PyTree:
     leaves, structure = jax.tree.flatten(params)
-    typed = set(axes.names) <= set(axes.explicit) and not axes.inside
+    typed = set(axes.names) <= set(axes.explicit) and not axes.in_shard_map
     if not typed and any(isinstance(x, Tracer) for x in leaves):
         raise ValueError(
             "accumax.FSDP needs to know how the parameters are "

@@ -91,10 +91,10 @@ class Handing:
 
 def _begin(devices: Devices, given: Given, state: Any) -> tuple[Given, Any]:
     def own(x: Any) -> Any:
-        return devices.own_keys(x) if _is_typed(x) else x
+        return devices.keys_of_device(x) if _is_typed(x) else x
 
     pool, rest = state
-    given = given._replace(keys=devices.own_keys(given.keys))
+    given = given._replace(keys=devices.keys_of_device(given.keys))
     return given, (pool, jax.tree.map(own, rest))
 
 

@@ -57,8 +57,8 @@ class Window:
         before = self.sums(state)
         grads = _tree.trained(grads, before.grads)
         self.devices.check_inside()
-        self.devices.check_own("grads", grads)
-        sums, accepted = self.add_own(
+        self.devices.check_unreduced("grads", grads)
+        sums, accepted = self.add_on_devices(
             before,
             self.devices.stack(grads),
             weight,
@@ -88,7 +88,7 @@ class Window:
         """Returns the sums of the open window, in the layout of the state."""
         return Sums(state.acc_grads, state.acc_weight, state.acc_args)
 
-    def add_own(
+    def add_on_devices(
         self,
         sums: Sums,
         grads: PyTree,
@@ -119,9 +119,9 @@ class Window:
     def progress(
         self, state: AccumulateState, accepted: jax.Array, flush: ArrayLike
     ) -> Progress:
-        counts = accepted if self.accumulator.nonfinite == "skip" else True
+        advances = accepted if self.accumulator.nonfinite == "skip" else True
         increment = optax.safe_increment
-        mini_step = jnp.where(counts, increment(state.mini_step), state.mini_step)
+        mini_step = jnp.where(advances, increment(state.mini_step), state.mini_step)
         skipped = jnp.where(accepted, state.skipped, increment(state.skipped))
         every = self.every
         if callable(every):

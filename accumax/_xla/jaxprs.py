@@ -90,7 +90,7 @@ def hands_on_refs(jaxpr: Any) -> bool:
     return False
 
 
-def returns_as_it_is(fun: Callable[[PyTree], PyTree], tree: PyTree) -> list[bool]:
+def unchanged_leaves(fun: Callable[[PyTree], PyTree], tree: PyTree) -> list[bool]:
     """Whether each leaf of `tree` is unchanged in `fun(tree)`, of equal structure."""
     jaxpr = jax.make_jaxpr(fun)(tree).jaxpr
     return [x is y for x, y in zip(jaxpr.invars, jaxpr.outvars, strict=True)]

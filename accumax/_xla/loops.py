@@ -14,7 +14,7 @@ from jax import lax
 
 from .. import _tree
 from .._types import ArrayLike, PyTree
-from .varying import fitted
+from .varying import match_varying
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
         _, value = carry
         return jnp.zeros_like(pred), fun(value)
 
-    carry = pred, fitted(fun, operand)
+    carry = pred, match_varying(fun, operand)
     return lax.while_loop(lambda carry: carry[0], body, carry)[1]
 
 

@@ -75,7 +75,7 @@ def add_backward(
                 if ported is None:
                     break
                 run = functools.partial(_add_backward, fun, ported)
-                return _isolated(run, params, sums, first, taken)
+                return _run_isolated(run, params, sums, first, taken)
             except Exception as error:  # an error of `fun` itself is raised again below
                 failure = repr(error).splitlines()[0]
     every = jax.tree.map(lambda _: True, params)
@@ -129,7 +129,7 @@ def _add_backward(
 
     def through_arrays(variables: PyTree) -> Any:
         value, (values, aux) = through(variables)
-        arrays, *static[:] = _parted(aux)
+        arrays, *static[:] = _split_arrays(aux)
         return value, jax.tree.map(strong, (values, arrays))
 
     value, out = jax.eval_shape(through_arrays, variables)
@@ -148,7 +148,7 @@ def _add_backward(
     (values, aux), sums = at_most_once(taken, both, (jax.tree.map(zeros, out), sums))
     if aux:
         aux = at_most_once(~taken, forward, aux)
-    return (values, _joined(aux, *static)), sums
+    return (values, _join_arrays(aux, *static)), sums
 
 
 @jax.custom_vjp
@@ -170,29 +170,29 @@ def _port_bwd(like: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Arr
 _port.defvjp(_port_fwd, _port_bwd)
 
 
-def _isolated(fun: Callable[..., Any], *args: Any) -> Any:
+def _run_isolated(fun: Callable[..., Any], *args: Any) -> Any:
     """Runs `fun(*args)`; a failure leaves nothing behind in the caller's trace."""
     static: list[Any] = []
 
     def arrays(*args: Any) -> list[jax.Array]:
-        found, *static[:] = _parted(fun(*args))
+        found, *static[:] = _split_arrays(fun(*args))
         return found
 
     program = jax.make_jaxpr(arrays)(*args)
     operands = jax.tree.leaves(args)
     if hands_on_refs(program.jaxpr):
-        _unbatched(_probed((operands, program.consts)))
-    return _joined(jaxpr_as_fun(program)(*operands), *static)
+        _forbid_vmap(_tracers((operands, program.consts)))
+    return _join_arrays(jaxpr_as_fun(program)(*operands), *static)
 
 
-def _parted(tree: PyTree) -> tuple[list[jax.Array], Any, list[Any]]:
+def _split_arrays(tree: PyTree) -> tuple[list[jax.Array], Any, list[Any]]:
     """The arrays of `tree`, its structure, its leaves with `_HOLE` for each array."""
     leaves, structure = jax.tree.flatten(tree)
     arrays = [x for x in leaves if isinstance(x, jax.Array)]
     return arrays, structure, [_HOLE if isinstance(x, jax.Array) else x for x in leaves]
 
 
-def _joined(arrays: list[jax.Array], structure: Any, leaves: list[Any]) -> PyTree:
+def _join_arrays(arrays: list[jax.Array], structure: Any, leaves: list[Any]) -> PyTree:
     left = iter(arrays)
     return structure.unflatten([next(left) if x is _HOLE else x for x in leaves])
 
@@ -212,18 +212,18 @@ def is_batched(tree: PyTree) -> bool:
         batched = True
         return (), ()
 
-    probe(_probed(tree))
+    probe(_tracers(tree))
     return batched
 
 
-def _probed(tree: PyTree) -> list[jax.Array]:
+def _tracers(tree: PyTree) -> list[jax.Array]:
     return [
         lax.stop_gradient(x) for x in jax.tree.leaves(tree) if isinstance(x, Tracer)
     ]
 
 
 @jax.custom_batching.custom_vmap
-def _unbatched(arrays: list[jax.Array]) -> tuple[()]:
+def _forbid_vmap(arrays: list[jax.Array]) -> tuple[()]:
     """Raises an error if `jax.vmap` batches `arrays`.
 
     `jax.vmap` cannot batch a scan over a ref, nor, from JAX 0.12 on, a conditional that
@@ -233,7 +233,7 @@ def _unbatched(arrays: list[jax.Array]) -> tuple[()]:
     return ()
 
 
-@_unbatched.def_vmap
+@_forbid_vmap.def_vmap
 def _refuse(size: int, batched: Any, arrays: list[jax.Array]) -> Any:
     del size, batched, arrays
     raise NotImplementedError(

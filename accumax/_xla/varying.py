@@ -13,7 +13,7 @@ from .._types import PyTree
 T = TypeVar("T")
 
 
-def fitted(fun: Callable[[T], T], carry: T) -> T:
+def match_varying(fun: Callable[[T], T], carry: T) -> T:
     """Makes each leaf of `carry` vary over the mesh axes that it has in `fun(carry)`.
 
     In a `jax.shard_map`, the carry of a loop must have one type from the beginning.
