@@ -13,11 +13,11 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from . import _tree
 from ._batch.arguments import Place, Places
 from ._batch.outputs import Reducer, reducer
-from ._batch.scan import backward
+from ._batch.scan import add_carried
 from ._batch.split import Part, Parts, split
 from ._sums import Accumulator, accumulator
 from ._types import DTypeLike, PyTree
-from ._xla.refs import is_batched
+from ._xla.refs import add_backward, is_batched
 from ._xla.varying import typed_like
 
 
@@ -196,7 +196,7 @@ def _gradient(
                 out,
                 is_leaf=lambda c: c is None,
             )
-            return sum(jax.tree.leaves(terms), jnp.zeros(())), ()
+            return sum(jax.tree.leaves(terms), jnp.zeros(())), ((), ())
 
         def with_rows(tree: PyTree, here: PyTree) -> PyTree:
             return _tree.restore(tree[0], here), tree[1]
@@ -204,7 +204,8 @@ def _gradient(
         live = with_rows(shared, here)
         zeros = typed_like(_tree.minus_zeros_like(here), here)
         sums = with_rows(grads, zeros)
-        _, sums = backward(product, live, sums, in_place=in_place)
+        add = add_backward if in_place else add_carried
+        _, sums = add(product, live, sums)
         given = reducer.add(given, _tree.masked(sums[0], rows), part, 1.0)
         return _tree.masked(sums, shared), given
 

@@ -709,8 +709,6 @@ def f_on_one(fun, weighted, how, w, x, reduce_axis):
     devices = 1 if reduce_axis is None else 2
     rows = x.reshape(devices, -1, 2, 3)  # (device, row, microbatch, ...)
     parts = [rows[d, :, i] for d in range(devices) for i in range(2)]
-    if reduce_axis is None:
-        parts = [x[i::2] for i in range(2)]
     auxs = [fun(w, part)[1] for part in parts]
     aux = {
         "mean": lambda: sum(auxs) / len(auxs),

@@ -46,15 +46,15 @@ def at_once(
 
     def fun(live: PyTree) -> tuple[jax.Array, Any]:
         out, state = read(live)
-        return out.value, (out.value, (out.aux, state))
+        return out.value, ((out.value, out.weight), (out.aux, state))
 
-    weight = pruned(lambda live: read(live)[0].weight, live) if weighted else None
     if begun is None:
-        value, vjp, (_, (aux, state)) = jax.vjp(fun, live, has_aux=True)
+        value, vjp, ((_, weight), (aux, state)) = jax.vjp(fun, live, has_aux=True)
         grads = vjp(jnp.ones_like(value))[0]
     else:
+        weight = pruned(lambda live: read(live)[0].weight, live) if weighted else None
         taken = None if weight is None else has_items(weight)
-        (value, (aux, state)), grads = add_backward(
+        ((value, _), (aux, state)), grads = add_backward(
             fun, live, begun.sums[0], begun.first, taken
         )
     out = Loss(value, weight, aux)

@@ -154,10 +154,13 @@ class _Term:
         ]
         self.shape = shapes[0]
         devices.check_unreduced("The loss", self.shape.value)
-        self.in_place, self.agree = loop.in_place and devices.in_place, _identity
+        agree, in_place = ONE.all, True
         if loop.weighted:
-            self.agree, unhindered = self._agreement(parts.each())
-            self.in_place = self.in_place and unhindered
+            agree, in_place = self._agreement(parts.each())
+        self.agree, self.in_place = (
+            agree,
+            loop.in_place and devices.in_place and in_place,
+        )
         self.reducer = reducer(aux, shapes[0].aux, shapes[-1].aux, parts)
 
     def read(
@@ -229,17 +232,21 @@ class _Term:
                 seed = factor * seed
             if not (isinstance(seed, float) and seed == 1):
                 value = value.astype(dtype) * seed
-            return value, (loss.value, (loss.aux, new))
+            return value, ((loss.value, loss.weight), (loss.aux, new))
 
-        live, found = self.whole(part), self.weight(part, state)
-        (value, (aux, state)), grads = backward(
-            fun,
-            live,
-            grads,
-            in_place=self.in_place,
-            taken=None if found is None else self.agree(has_items(found)),
-            scatter=self.devices.scatter,
-        )
+        def taken(found: jax.Array | None) -> jax.Array | None:
+            return None if found is None else self.agree(has_items(found))
+
+        live = self.whole(part)
+        if self.in_place:
+            found = self.weight(live, part, state)
+            out, grads = add_backward(fun, live, grads, taken=taken(found))
+            (value, _), (aux, state) = out
+        else:
+            out, grads = add_carried(
+                fun, live, grads, lambda values: taken(values[1]), self.devices.scatter
+            )
+            (value, found), (aux, state) = out
         value, (weight, refused) = value.astype(dtype), self.weigh(found, part)
         if found is not None:
             value = jnp.where(weight != 0, value, 0)
@@ -253,11 +260,12 @@ class _Term:
         )
         return grads, seen, state
 
-    def weight(self, part: Part, state: PyTree) -> jax.Array | None:
+    def weight(
+        self, live: dict[int, PyTree], part: Part, state: PyTree
+    ) -> jax.Array | None:
         """Returns the weight of a microbatch, () float; None if losses have none."""
         if not self.loop.weighted:
             return None
-        live = self.whole(part)
         return pruned(lambda live: self.read(live, part, state)[0].weight, live)
 
     def weigh(self, found: jax.Array | None, part: Part) -> tuple[jax.Array, jax.Array]:
@@ -318,14 +326,15 @@ def _one_divisor(
 
     The number, () float, is the least of the losses' sums of weights. The factors,
     (losses,) float, multiply their gradients: the ratios of that number to their own
-    sums. 1 / sum would underflow in float16. An extra scan computes the sums. If the
-    weights depend only on the batch, as the number of tokens does, XLA drops everything
-    else from that scan.
+    sums. 1 / sum would underflow in float16. An extra scan computes the sums, from the
+    equations that the weights need: if they depend only on the batch, as the number of
+    tokens does, no loss is computed in it.
     """
 
     def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
         def added(term: _Term, total: jax.Array) -> jax.Array:
-            return total + term.weigh(term.weight(part, term.state), part)[0]
+            found = term.weight(term.whole(part), part, term.state)
+            return total + term.weigh(found, part)[0]
 
         return [added(*pair) for pair in zip(terms, sums, strict=True)]
 
@@ -336,30 +345,24 @@ def _one_divisor(
     return jnp.where(least != jnp.inf, least, 1), least / sums
 
 
-def backward(
+def add_carried(
     fun: Callable[[PyTree], Any],
     params: PyTree,
     sums: PyTree,
-    *,
-    in_place: bool,
-    taken: jax.Array | None = None,
+    taken: Callable[[Any], jax.Array | None] = lambda values: None,
     scatter: Callable[..., tuple[PyTree, jax.Array]] = ONE.scatter,
 ) -> tuple[Any, PyTree]:
-    """Runs `add_backward`, or builds a gradient tree and adds it if not `in_place`.
+    """`add_backward` that builds a gradient tree and adds it.
 
-    `scatter` is `Devices.scatter`, the identity if `in_place`.
+    `taken` maps the `values` that `fun` returned to whether the gradient is added, None
+    for always. `scatter` is `Devices.scatter`.
     """
-    if in_place:
-        return add_backward(fun, params, sums, taken=taken)
-    value, vjp, aux = jax.vjp(fun, params, has_aux=True)
+    value, vjp, (values, aux) = jax.vjp(fun, params, has_aux=True)
     (grads,) = vjp(jnp.ones_like(value))
+    adds = taken(values)
     # The weight is a mask here, so the gradients are passed as sums.
-    weight = jnp.where(True if taken is None else taken, 1.0, 0.0)
+    weight = jnp.where(True if adds is None else adds, 1.0, 0.0)
     grads, weight = scatter(grads, sums, weight)
     before = Sums(sums, jnp.zeros((), float), {})
     after, _ = _TREES.add(before, grads, weight, {}, first=False, summed=True)
-    return aux, after.grads
-
-
-def _identity(x: Any) -> Any:
-    return x
+    return (values, aux), after.grads

@@ -294,8 +294,8 @@ class FSDP:
     Args:
       axis: the mesh axis, or a tuple of axes.
       specs: the `PartitionSpec`s of the differentiated argument, a pytree prefix; for
-        several arguments, a tuple. Required under jit with automatic axes, where the
-        types of arrays do not contain them.
+        several arguments, a tuple. Required under jit with automatic axes and inside
+        a `shard_map`, where the types of arrays do not contain them.
       once: False lets XLA gather parameters and reduce gradients, layer by layer in
         each microbatch: least memory, most traffic. The loss then sees the rows of all
         devices. True gathers all parameters and reduces all gradients once in a call:
