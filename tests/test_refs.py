@@ -11,6 +11,8 @@ from accumax._xla import refs
 from accumax._xla.loops import at_most_once
 from accumax._xla.refs import add_backward
 
+pytestmark = pytest.mark.versions
+
 
 def test_a_loop_that_runs_at_most_once_is_a_conditional():
     operand = {"w": jnp.array([1.0, -0.0]), "n": jnp.arange(2), "none": None}
