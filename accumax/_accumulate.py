@@ -48,6 +48,9 @@ def accumulate(
     The updates have the dtypes that `inner` gives for such gradients, and its state
     keeps its dtypes. `inner` does not see leaves without a gradient (None, float0,
     `optax.MaskedNode`, integers, static leaves); they come out as they went in.
+    A parameter whose gradient `inner` does not use, such as one frozen by
+    `optax.set_to_zero` in an `optax.partition`, has no sum: `init` reads it from the
+    program of `inner`. `train_step` then does not differentiate it.
 
     `update` takes these keyword arguments:
 

@@ -5,10 +5,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from . import _tree
 from ._batch.arguments import Places, parameters
 from ._batch.gradient import Gradient, OpenSums, at_once
 from ._batch.loss import Call, Loss, StatefulLoss
@@ -126,11 +124,9 @@ class Step:
                 "whose weight is what loss_fn returns. Pass one or the other."
             )
         _check_keywords(window, loss, extra_args)
-        model = gradient_of(params)
-        if not self.by_rows:
-            loss, model = _of_part(loss, model, opt_state.acc_grads)
         gradient = self._gradient(window, devices, loss)
-        call = Call((model, *args), {}, (0,), given, state)
+        model, like = gradient_of(params), (opt_state.acc_grads,)
+        call = Call((model, *args), {}, (0,), given, state, like)
         first, sums = opt_state.mini_step == 0, window.sums(opt_state)
         policy = window.accumulator.nonfinite
         if not self.in_place or policy != "propagate" or weight is not None:
@@ -181,21 +177,3 @@ def _check_keywords(
             "optimizer, and loss_fn with its ** would not see them. Bind them "
             "before, with functools.partial(loss_fn, ...)."
         )
-
-
-def _of_part(
-    loss: StatefulLoss, model: PyTree, trained: PyTree
-) -> tuple[StatefulLoss, PyTree]:
-    """Restricts an Equinox `model`, and its loss, to the leaves in a state."""
-    if _leaves(_tree.differentiable(model)) == _leaves(trained):
-        return loss, model
-
-    def run(given: PyTree, state: PyTree, args: tuple, kwargs: Any) -> Any:
-        whole = _tree.restore(args[0], model)
-        return loss.run(given, state, (whole, *args[1:]), kwargs)
-
-    return dataclasses.replace(loss, run=run), _tree.trained(model, trained)
-
-
-def _leaves(tree: PyTree) -> int:
-    return len(jax.tree.leaves(tree))

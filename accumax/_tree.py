@@ -9,7 +9,7 @@ part, and are put back at the end. So are the Python numbers of an Equinox modul
 
 import math
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,16 @@ import numpy as np
 from ._types import ArrayLike, PyTree
 
 
+class Unused(NamedTuple):
+    """Stands in a state for the sum of a gradient that the optimizer does not use."""
+
+
 def _is_none(x: Any) -> bool:
     return x is None
+
+
+def _is_hole(x: Any) -> bool:
+    return x is None or isinstance(x, Unused)
 
 
 def dtype_of(x: Any) -> Any:
@@ -64,16 +72,33 @@ def trained(tree: PyTree, like: PyTree) -> PyTree:
 
 
 def masked(tree: PyTree, mask: PyTree) -> PyTree:
-    """`tree` with None wherever `mask` has None."""
+    """`tree` with the None or `Unused` of `mask`, wherever `mask` has one."""
     return jax.tree.map(
-        lambda m, x: None if m is None else x, mask, tree, is_leaf=_is_none
+        lambda m, x: m if _is_hole(m) else x, mask, tree, is_leaf=_is_hole
+    )
+
+
+def seen(tree: PyTree, like: PyTree) -> PyTree:
+    """As `trained`, with the leaves of `tree` where `like` has `Unused`."""
+    return jax.tree.map(
+        lambda m, x: None if m is None else x,
+        like,
+        differentiable(tree),
+        is_leaf=_is_hole,
     )
 
 
 def restore(part: PyTree, tree: PyTree) -> PyTree:
-    """`part`, with the leaves of `tree` wherever `part` has None."""
+    """`part`, with the leaves of `tree` wherever `part` has None or `Unused`."""
     return jax.tree.map(
-        lambda x, y: y if x is None else x, part, tree, is_leaf=_is_none
+        lambda x, y: y if _is_hole(x) else x, part, tree, is_leaf=_is_hole
+    )
+
+
+def others(tree: PyTree, part: PyTree) -> PyTree:
+    """The leaves of `tree` where `part`, of its structure, has None or `Unused`."""
+    return jax.tree.map(
+        lambda x, y: y if _is_hole(x) else None, part, tree, is_leaf=_is_hole
     )
 
 
@@ -195,8 +220,15 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
         for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_module)
         if _is_module(x)
     )
+    unused = {
+        jax.tree_util.keystr(path)
+        for path, x in jax.tree_util.tree_leaves_with_path(expected, is_leaf=_is_hole)
+        if isinstance(x, Unused)
+    }
     for path, x in live.items():
-        if x is not None and want.get(path) is None and not path.startswith(modules):
+        if x is None or want.get(path) is not None or path in unused:
+            continue
+        if not path.startswith(modules):
             raise ValueError(
                 f"{name}{path} is {describe(x)}; {expected_name} has nothing to "
                 f"differentiate there, only at {_paths(want)}. Remove it, or "

@@ -143,8 +143,9 @@ def _():
 def _():
     """`accumulate(optax.chain(adam, optax.add_decayed_weights(1e-2)), k)` | Once per
     window: `add_decayed_weights`, `keep_params_nonnegative`, `freeze`, `set_to_zero`,
-    `selective_transform`, `flatten`. A frozen parameter does not change by a bit, but
-    it has an accumulator; with `freeze` outside it has none."""
+    `selective_transform`, `flatten`. A frozen parameter does not change by a bit. It
+    has no accumulator if its gradient is not used; the moments of an `adam` before a
+    `freeze` use it."""
     is_inside(
         optax.chain(
             optax.flatten(optax.trace(0.9)),

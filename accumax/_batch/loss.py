@@ -134,6 +134,8 @@ class Call:
       args, kwargs: the arguments of the user's function.
       argnums: the positions of the differentiated arguments, static.
       given, state: see `StatefulLoss`.
+      like: for each of `argnums` a tree, such as the sums of a window, whose leaves say
+        which leaves are differentiated. None differentiates all.
     """
 
     args: tuple
@@ -141,11 +143,21 @@ class Call:
     argnums: tuple[int, ...]
     given: PyTree = ()
     state: PyTree = ()
+    like: tuple[PyTree, ...] | None = None
 
     @functools.cached_property
     def live(self) -> tuple[PyTree, ...]:
         """The differentiated part of each argument in `argnums`."""
-        return tuple(live_part(self.args[n]) for n in self.argnums)
+        parts = tuple(live_part(self.args[n]) for n in self.argnums)
+        return parts if self.like is None else _tree.masked(parts, self.like)
+
+    @property
+    def frozen(self) -> dict[int, PyTree]:
+        """The other floating-point leaves of these arguments, by position."""
+        if self.like is None:
+            return {}
+        pairs = zip(self.argnums, self.live, strict=True)
+        return {n: _tree.others(live_part(self.args[n]), live) for n, live in pairs}
 
     @property
     def arrays(self) -> PyTree:

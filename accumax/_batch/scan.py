@@ -85,13 +85,13 @@ class Loop:
         if self.in_place and is_batched((call.arrays, grads)):
             self = dataclasses.replace(self, in_place=False)
         live = devices.vary(dict(zip(call.argnums, call.live, strict=True)))
-        live = devices.gather_once(live)
+        live, frozen = devices.gather_once(live), devices.gather_once(call.frozen)
         sums = typed_like(dict(zip(call.argnums, grads, strict=True)), live)
         first = jax.tree.map(_tree.strong, call.state)
         loss = self.losses[0]
         given, state = loss.begin(devices, call.given, first)
         terms = [
-            _Term(self, fun, live, parts, aux, seed, given, state, devices)
+            _Term(self, fun, live, frozen, parts, aux, seed, given, state, devices)
             for fun, aux in zip(self.losses, self.aux, strict=True)
         ]
         total, factors = None, None
@@ -138,6 +138,7 @@ class _Term:
         loop: Loop,
         stateful: StatefulLoss,
         live: dict[int, PyTree],
+        frozen: dict[int, PyTree],
         parts: Parts,
         aux: PyTree,
         seed: Callable[[int], float],
@@ -145,7 +146,8 @@ class _Term:
         state: PyTree,
         devices: Devices,
     ):
-        self.loop, self.stateful, self.live, self.parts = loop, stateful, live, parts
+        self.loop, self.stateful, self.parts = loop, stateful, parts
+        self.live, self.frozen = live, frozen
         self.seed, self.given, self.state = seed, given, state
         self.devices = devices
         shapes = [
@@ -168,6 +170,8 @@ class _Term:
     ) -> tuple[Loss, PyTree]:
         """The loss of a microbatch, and the state after it."""
         args, kwargs = part.call()
+        if self.frozen:
+            args = with_live(args, self.devices.gather(self.frozen, part.index))
         args = with_live(args, live)
         loss, new = self.stateful.run(self.given, state, args, kwargs)
         check_aux_leaves(loss.aux)

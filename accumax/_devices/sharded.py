@@ -113,7 +113,8 @@ class Sharded(Replicated):
             return jnp.full(shape, _tree.minus_zero(x.dtype), x.dtype)
 
         shapes = jax.eval_shape(init, live)
-        return self.vary(jax.tree.map(zero, shapes, tuple(self.cuts.values())))
+        cuts = _tree.masked(tuple(self.cuts.values()), shapes)
+        return self.vary(jax.tree.map(zero, shapes, cuts))
 
     def begin(self, sums: T, zeros: Callable[[], T]) -> tuple[Any, T]:
         if self.once:  # a whole gradient cannot be added to a shard
@@ -164,8 +165,12 @@ class Sharded(Replicated):
     def _each(self, fun: Callable[[Cut, jax.Array], jax.Array], trees: T) -> T:
         """Maps `fun(cut, leaf)` over `trees`: a dict by position, or its values."""
         by_position = isinstance(trees, dict)
-        cuts = self.cuts if by_position else tuple(self.cuts.values())
-        return jax.tree.map(fun, cuts, trees)
+        cuts = (
+            {n: self.cuts[n] for n in trees}
+            if by_position
+            else tuple(self.cuts.values())
+        )
+        return jax.tree.map(fun, _tree.masked(cuts, trees), trees)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +218,8 @@ class ByCompiler(Devices):
             sharding = NamedSharding(mesh, PartitionSpec(*free))
             return lax.with_sharding_constraint(x, sharding)
 
-        return jax.tree.map(place, tuple(self.cuts.values()), tree)
+        cuts = _tree.masked(tuple(self.cuts.values()), tree)
+        return jax.tree.map(place, cuts, tree)
 
 
 def cuts_of(axes: Axes, params: PyTree, specs: PyTree) -> PyTree:

@@ -32,18 +32,18 @@ def update(
         window.check(state, params=params)
     flush = check_flush(flush)
     sums, progress = window.add(state, updates, weight, flush, extra_args)
-    params = window.trained(state, params)
-    grads = _tree.trained(updates, sums.grads)
-    like = window.devices.as_replicated(grads)  # the type that `inner` sees
+    params = window.seen(state, params)
+    grads = _tree.seen(updates, sums.grads)
+    seen = window.devices.as_replicated(grads)  # the type that `inner` sees
     # As for the big batch: the dtypes that `inner` returns for such gradients.
     like = window.inner.emits(
-        like, state.inner_opt_state, params, extra_args | sums.args
+        seen, state.inner_opt_state, params, extra_args | sums.args
     )
 
     def emit(operand: Any) -> Any:
         sums, inner_state, params = operand
         sums = sums._replace(grads=window.devices.total(sums.grads))
-        emitted, inner_state = window.run(sums, inner_state, params, extra_args)
+        emitted, inner_state = window.run(sums, seen, inner_state, params, extra_args)
         return _tree.cast_like(emitted, like), inner_state
 
     def hold(operand: Any) -> Any:
@@ -79,22 +79,18 @@ def close(
     extra_args: dict[str, Any],
 ) -> tuple[PyTree, AccumulateState]:
     """Runs the boundary in place; touches nothing unless the window closes."""
-    live = jax.tree.map(_tree.strong, window.trained(state, params))
-    grads = jax.tree.map(
-        lambda _, p: jax.ShapeDtypeStruct(p.shape, p.dtype),
-        sums.grads,
-        gradient_of(live),
+    live = jax.tree.map(_tree.strong, window.seen(state, params))
+    seen = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), gradient_of(live)
     )
     averaged = window.accumulator.averaged_args
-    window.inner.check_used(grads, state.inner_opt_state, live, extra_args, averaged)
-    like = window.inner.emits(
-        grads, state.inner_opt_state, live, extra_args | sums.args
-    )
+    window.inner.check_used(seen, state.inner_opt_state, live, extra_args, averaged)
+    like = window.inner.emits(seen, state.inner_opt_state, live, extra_args | sums.args)
 
     def apply(carry: Any, grads: PyTree) -> Any:
         params, inner_state = carry
         total = sums._replace(grads=grads)
-        updates, inner_state = window.run(total, inner_state, params, extra_args)
+        updates, inner_state = window.run(total, seen, inner_state, params, extra_args)
         updates = _tree.cast_like(updates, like)
         return optax.apply_updates(params, updates), inner_state
 

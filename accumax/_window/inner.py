@@ -10,6 +10,7 @@ import optax
 
 from .. import _tree
 from .._types import PyTree
+from .._xla.jaxprs import unused_leaves
 from .checks import is_near
 
 # Extra arguments of Optax's own transformations, anywhere in a chain.
@@ -111,6 +112,28 @@ class Inner(NamedTuple):
                     "accumulate, and not the inner transformation."
                 )
 
+    def without_unused(self, grads: PyTree, state: PyTree, params: PyTree) -> PyTree:
+        """`grads`, with `Unused` in place of each leaf on which no result depends.
+
+        `optax.set_to_zero` for a part of the parameters, in an `optax.partition`, does
+        not use their gradients. The jaxpr of `update` says on which gradients it
+        depends. It is traced only if a part of the transformation is masked, because
+        1,000 leaves take seconds. If it needs extra arguments, all are used.
+        """
+        if not any(map(_is_masked, jax.tree.leaves(state, is_leaf=_is_masked))):
+            return grads
+
+        def updates(grads: PyTree, state: PyTree, params: PyTree) -> Any:
+            return self.update(grads, state, params)
+
+        try:
+            unused = unused_leaves(updates, grads, state, params)
+        except Exception:  # `init` must not fail where a later `update` would not
+            return grads
+        leaves, structure = jax.tree.flatten(grads)
+        pairs = zip(leaves, unused, strict=True)
+        return structure.unflatten(_tree.Unused() if u else x for x, u in pairs)
+
     def takes(self, name: str) -> bool:
         """Whether `update` takes an extra argument of this name."""
         return self.takes_any or name in self.names
@@ -141,6 +164,10 @@ class Inner(NamedTuple):
                     "inner transformation takes "
                     f"{', '.join(sorted(self.names)) or 'no extra arguments'}."
                 )
+
+
+def _is_masked(state: Any) -> bool:
+    return isinstance(state, optax.MaskedState)
 
 
 def inner_of(tx: optax.GradientTransformation) -> Inner:

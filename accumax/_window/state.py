@@ -19,6 +19,7 @@ class AccumulateState(NamedTuple):
       acc_grads: the open window's gradient sum, shaped as the parameters, in the
         accumulator dtype. Stale while `mini_step` is 0: the next window overwrites it.
         With a `reduce_axis`, a first axis has the sum of each device.
+        An `Unused()` stands for a gradient that the transformation does not use.
       acc_weight: () float, the open window's sum of weights; 0 if no window is open.
       acc_args: the open window's weighted sums of `averaged_args`, () float each.
       emitted: () bool, whether the latest call applied an update; see `has_updated`.

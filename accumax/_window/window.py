@@ -12,6 +12,7 @@ from .. import _tree
 from .._devices.one import Devices
 from .._sums import Accumulator, Sums, check_weight
 from .._types import ArrayLike, PyTree, Schedule
+from .._xla.varying import zeros
 from .checks import check_averaged, check_length, check_state
 from .inner import Inner
 from .state import AccumulateState, Progress, gradient_of
@@ -28,9 +29,10 @@ class Window:
 
     def init(self, params: PyTree) -> AccumulateState:
         _tree.check_parameters("params", params)
-        grads = gradient_of(params)
+        live = _tree.differentiable(params)
         sums = self.accumulator.init({})
-        inner_state = self.inner.init(_tree.differentiable(params))
+        inner_state = self.inner.init(live)
+        grads = self.inner.without_unused(gradient_of(live), inner_state, live)
         return AccumulateState(
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=jnp.zeros((), jnp.int32),
@@ -78,11 +80,11 @@ class Window:
             )
         return check_weight(1.0 if weight is None else weight)
 
-    def trained(self, state: AccumulateState, params: PyTree) -> PyTree:
-        """The part of `params` that the window has sums for."""
+    def seen(self, state: AccumulateState, params: PyTree) -> PyTree:
+        """The part of `params` that `inner` sees."""
         if params is None or isinstance(params, optax.LookaheadParams):
             return _tree.differentiable(params)
-        return _tree.trained(params, state.acc_grads)
+        return _tree.seen(params, state.acc_grads)
 
     def sums(self, state: AccumulateState) -> Sums:
         """Returns the sums of the open window, in the layout of the state."""
@@ -132,10 +134,19 @@ class Window:
         return Progress(mini_step, skipped, closes)
 
     def run(
-        self, sums: Sums, inner_state: Any, params: PyTree, extra_args: dict[str, Any]
+        self,
+        sums: Sums,
+        like: PyTree,
+        inner_state: Any,
+        params: PyTree,
+        extra_args: dict[str, Any],
     ) -> tuple[PyTree, Any]:
-        """Runs `inner` on the reduced gradient. Its state keeps its dtypes."""
+        """Runs `inner` on the reduced gradient. Its state keeps its dtypes.
+
+        `like` has the shapes of all gradients: zeros stand for those without a sum.
+        """
         mean, means = self.accumulator.result(sums)
+        mean = _tree.restore(mean, jax.tree.map(zeros, _tree.others(like, mean)))
         extra_args = extra_args | means
         updates, new_state = self.inner.update(mean, inner_state, params, **extra_args)
         return updates, _tree.cast_like(new_state, inner_state)

@@ -96,16 +96,43 @@ def unchanged_leaves(fun: Callable[[PyTree], PyTree], tree: PyTree) -> list[bool
     return [x is y for x, y in zip(jaxpr.invars, jaxpr.outvars, strict=True)]
 
 
+def unused_leaves(fun: Callable[..., Any], tree: PyTree, *args: Any) -> list[bool]:
+    """Whether no result of `fun(tree, *args)` depends on each leaf of `tree`."""
+    jaxpr = jax.make_jaxpr(fun)(tree, *args).jaxpr
+    used = _used(jaxpr, [True] * len(jaxpr.outvars))
+    return [not x for x in used[: len(jax.tree.leaves(tree))]]
+
+
+def _used(jaxpr: Any, wanted: list[bool]) -> list[bool]:
+    """Which inputs of `jaxpr` the `wanted` outputs, or an effect, depend on."""
+    pairs = zip(jaxpr.outvars, wanted, strict=True)
+    needed = {x for x, w in pairs if w and is_variable(x)}
+    for eqn in reversed(jaxpr.eqns):
+        of_eqn = [x in needed for x in eqn.outvars]
+        if not any(of_eqn) and not eqn.effects:
+            continue
+        inner = list(_inner(eqn))
+        # A loop has several jaxprs, or hands its results to itself.
+        called = len(inner) == 1 and eqn.primitive.name != "scan"
+        if called and len(inner[0].invars) == len(eqn.invars):
+            used = _used(inner[0], of_eqn)
+        else:
+            used = [True] * len(eqn.invars)
+        pairs = zip(eqn.invars, used, strict=True)
+        needed |= {x for x, u in pairs if u and is_variable(x)}
+    return [x in needed for x in jaxpr.invars]
+
+
 def pruned(fun: Callable[..., Any], *args: Any) -> Any:
     """Runs `fun(*args)`, without the equations that the returned arrays do not need.
 
     XLA drops them as well. Here they are not lowered, and no effect happens twice.
     """
     program, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
-    needed, kept = set(filter(_is_variable, program.jaxpr.outvars)), []
+    needed, kept = set(filter(is_variable, program.jaxpr.outvars)), []
     for eqn in reversed(program.jaxpr.eqns):
         if not needed.isdisjoint(eqn.outvars):
-            needed.update(filter(_is_variable, eqn.invars))
+            needed.update(filter(is_variable, eqn.invars))
             kept.append(eqn)
     jaxpr = program.jaxpr.replace(eqns=kept[::-1])
     out = jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts))(*jax.tree.leaves(args))
@@ -158,7 +185,7 @@ def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:
             known |= dict.fromkeys(eqn.outvars, _COMPUTED)
 
 
-def _is_variable(x: Any) -> bool:
+def is_variable(x: Any) -> bool:
     return not hasattr(x, "val")
 
 
