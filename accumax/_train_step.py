@@ -95,8 +95,8 @@ def train_step(
     is one to five percent more than the step without accumulation: the accumulator
     replaces the gradient. Layers that are not scanned take 1.2 to 1.3 times as much
     with Adam and twice as much with SGD, where XLA keeps no gradient without
-    accumulation. For half-precision parameters, one gradient of their dtype exists
-    besides the float32 accumulator.
+    accumulation. Half-precision parameters have a float32 accumulator, and besides it
+    up to one gradient of their dtype: of one layer, if a scan reads them.
 
     A gradient tree exists, and is added as in `apply_gradients`, where something must
     see it: with nonfinite="skip" or "drop"; in a step that is passed a `weight` (let

@@ -54,6 +54,7 @@ def parameters(rng):
 DERIVED = {
     "raw": lambda x, other: x,
     "scaled": lambda x, other: 2.0 * x,
+    "halved": lambda x, other: -x / 2.0,
     "tanh": lambda x, other: jnp.tanh(x),
     "cast": lambda x, other: x.astype(jnp.float32).astype(x.dtype),
     "transposed": lambda x, other: jnp.swapaxes(x, -1, -2) if x.ndim > 1 else x[::-1],

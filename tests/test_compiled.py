@@ -294,9 +294,7 @@ def test_every_call_runs_what_the_first_one_traced():
         first = len(traces)
         for _ in range(6):
             params, state, _ = step(params, state, batch)
-        # JAX 0.10 is asked before where refs are safe.
-        twice = in_place and jax.__version_info__ < (0, 11)
-        assert len(traces) == first == 1 + twice
+        assert len(traces) == first == 1
         assert step._cache_size() == 1
 
     update = jax.jit(tx.update)

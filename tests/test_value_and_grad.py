@@ -524,9 +524,8 @@ def test_a_loss_is_traced_for_each_size_and_never_again():
     f = jax.jit(accumax.value_and_grad(fun, microbatch_size=7))
     for _ in range(3):
         f(init(), BATCH)
-    # Its shapes, on JAX 0.10 where refs are safe, and the backward pass.
-    times = 2 if jax.__version_info__ >= (0, 11) else 3
-    assert sorted(traces) == [3] * times + [7] * times
+    # Its shapes, and the backward pass.
+    assert sorted(traces) == [3, 3, 7, 7]
 
 
 class Largest(NamedTuple):

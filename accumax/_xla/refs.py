@@ -17,6 +17,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from .._tree import strong
 from .._types import PyTree
+from .chains import Chain, run
 from .jaxprs import hands_on_refs, of_linear_program, sliced, unsafe_refs
 from .loops import at_most_once, reset
 from .varying import on_mesh_of, typed_like, zeros
@@ -24,6 +25,10 @@ from .varying import on_mesh_of, typed_like, zeros
 T = TypeVar("T")
 
 _HOLE = object()  # stands for an array
+
+# Through which port a gradient leaves: none; one at each place where the parameter is
+# used, if a scan reads it; or one before all places.
+_NO, _INSIDE, _OUTSIDE = "no port", "inside", "outside"
 
 # Whether this JAX adds gradients into the wrong refs; see `unsafe_refs`.
 _MISPLACES = jax.__version_info__ < (0, 11)
@@ -42,16 +47,20 @@ def add_backward(
     no gradient tree exists. The twin that carries the tree is `jax.vjp` and
     `Accumulator.add`.
 
+    The loss is traced once. A cast of stacked parameters is moved into the scan that
+    reads them (`chains.run`), and so is the port of a parameter whose accumulator has
+    another dtype: only one layer's gradient exists in the parameter's dtype.
+
     JAX cannot differentiate every loss into refs: before 0.12 it fails if the loss
     slices a parameter, in 0.12 if the loss calls `lax.optimization_barrier`. After a
-    failure the loss is traced again with the sliced parameters behind ports, then, with
-    a warning, with all. The gradient of a ported parameter is built and then added.
-    Without jit all are ported: XLA compiles no single program that could save memory.
+    failure, ports are put before the sliced parameters and then, with a warning, before
+    all. The gradient of a parameter with a port before it is built and then added.
+    Without jit all have one: XLA compiles no single program that could save memory.
 
     JAX before 0.11 silently swaps or loses gradients where a scan has parameters beside
     values computed from parameters, or a call gets a parameter twice. `unsafe_refs`
-    finds such parameters in the loss's linear program. They are ported, with a warning
-    that states the memory.
+    finds such parameters in the loss's linear program. A port is put before them, with
+    a warning that states the memory.
 
     Args:
       fun: `(params) -> (loss, (values, aux))`: loss a real scalar; values and aux any
@@ -68,18 +77,20 @@ def add_backward(
     """
     failure = None
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, sums))):
-        attempts = _ports(fun, params, sums)
+        traced = _traced(fun, params)
+        attempts = _ports(traced, params, sums)
         while True:
             try:
-                ported = next(attempts, None)
-                if ported is None:
+                ports = next(attempts, None)
+                if ports is None:
                     break
-                run = functools.partial(_add_backward, fun, ported)
-                return _run_isolated(run, params, sums, first, taken)
+                attempt = functools.partial(_add_backward, traced, ports)
+                return _run_isolated(attempt, params, sums, first, taken)
             except Exception as error:  # an error of `fun` itself is raised again below
                 failure = repr(error).splitlines()[0]
-    every = jax.tree.map(lambda _: True, params)
-    out = _add_backward(fun, every, params, sums, first, taken)
+    ports = [_OUTSIDE] * len(jax.tree.leaves(params))
+    leaves = functools.partial(_of_leaves, fun, jax.tree.structure(params))
+    out = _add_backward(leaves, ports, params, sums, first, taken)
     if failure is not None:
         warnings.warn(
             f"JAX {jax.__version__} could not add this loss's gradient in place "
@@ -90,32 +101,70 @@ def add_backward(
     return out
 
 
+def _of_leaves(fun: Callable[[PyTree], T], structure: Any, leaves: list[Any]) -> T:
+    return fun(structure.unflatten(leaves))
+
+
+def _traced(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., Any]:
+    """Traces `fun`; returns it as a function of the leaves, arrays or `Chain`s."""
+    static: list[Any] = []
+
+    def arrays(params: PyTree) -> list[jax.Array]:
+        found, *static[:] = _split_arrays(fun(params))
+        return found
+
+    program = jax.make_jaxpr(arrays)(params)
+    return lambda leaves: _join_arrays(run(program, leaves), *static)
+
+
+def _through(
+    fun: Callable[..., Any],
+    ports: list[str],
+    leaves: list[jax.Array],
+    variables: list[jax.Array],
+) -> Any:
+    """Calls `fun`; the gradients of `leaves` leave through `variables`."""
+
+    def argument(p: jax.Array, v: jax.Array, port: str) -> jax.Array | Chain:
+        if port == _OUTSIDE:
+            return _port(p, v)
+        return Chain((v,)) if port == _NO else Chain((p, v), _port)
+
+    return fun(list(map(argument, leaves, variables, ports)))
+
+
+def _variables(
+    ports: list[str], leaves: list[jax.Array], sums: list[jax.Array]
+) -> list[jax.Array]:
+    """The variables of `_through`. A port is zeros, which XLA drops.
+
+    A parameter's cotangent leaves through the port in the accumulator's dtype.
+    """
+
+    def variable(p: jax.Array, s: jax.Array, port: str) -> jax.Array:
+        return p if port == _NO else typed_like(jnp.zeros_like(s), s)
+
+    return list(map(variable, leaves, sums, ports))
+
+
 def _add_backward(
-    fun: Callable[[PyTree], Any],
-    ported: PyTree,
+    fun: Callable[..., Any],
+    ports: list[str],
     params: PyTree,
     sums: PyTree,
     first: jax.Array | None,
     taken: jax.Array | None,
 ) -> tuple[Any, PyTree]:
-    # A port is zeros, which XLA drops. A parameter's cotangent leaves through the port
-    # in the accumulator's dtype.
-    def variable(p: jax.Array, s: jax.Array, port: bool) -> jax.Array:
-        return typed_like(jnp.zeros_like(s), s) if port else p
-
-    def through(variables: PyTree) -> Any:
-        def value(p: jax.Array, v: jax.Array, port: bool) -> jax.Array:
-            return _port(p, v) if port else v
-
-        return fun(jax.tree.map(value, params, variables, ported))
+    leaves, totals = jax.tree.leaves(params), jax.tree.leaves(sums)
+    through = functools.partial(_through, fun, ports, leaves)
 
     def add(vjp: Any, sums: PyTree, seed: jax.Array) -> PyTree:
         refs = jax.tree.map(jax.new_ref, sums)
         with jax.named_scope("accumax.backward"):
-            vjp.with_refs(refs)(seed)
+            vjp.with_refs(jax.tree.leaves(refs))(seed)
         return jax.tree.map(jax.freeze, refs)
 
-    variables = jax.tree.map(variable, params, sums, ported)
+    variables = _variables(ports, leaves, totals)
     if taken is None:
         value, vjp, aux = jax.vjp(through, variables, has_aux=True)
         seed, sums = jnp.ones_like(value), on_mesh_of(jax.typeof(value), sums)
@@ -127,7 +176,7 @@ def _add_backward(
     # are not scanned. A seed of 0 instead of a loop would not remove a NaN.
     static: list[Any] = []
 
-    def through_arrays(variables: PyTree) -> Any:
+    def through_arrays(variables: list[jax.Array]) -> Any:
         value, (values, aux) = through(variables)
         arrays, *static[:] = _split_arrays(aux)
         return value, jax.tree.map(strong, (values, arrays))
@@ -243,28 +292,47 @@ def _refuse(size: int, batched: Any, arrays: list[jax.Array]) -> Any:
     )
 
 
-def _ports(fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree) -> Iterator[Any]:
-    """Yields which leaves to port: those that JAX requires, then also sliced ones."""
+def _ports(
+    fun: Callable[..., Any], params: PyTree, sums: PyTree
+) -> Iterator[list[str]]:
+    """Yields a port for each leaf: those that JAX requires, then also sliced ones."""
+    leaves, totals = jax.tree.leaves(params), jax.tree.leaves(sums)
     # From 0.12 on, JAX requires that a ref has the dtype of its variable.
-    dtypes = jax.tree.map(lambda p, s: p.dtype != s.dtype, params, sums)
-    leaves, structure = jax.tree.flatten(dtypes)
-    required = {i for i, port in enumerate(leaves) if port}
+    pairs = zip(leaves, totals, strict=True)
+    ports = [_NO if p.dtype == s.dtype else _INSIDE for p, s in pairs]
 
-    def mask(ported: set[int]) -> Any:
-        return structure.unflatten(i in ported for i in range(len(leaves)))
+    def found(ask: Callable[[Any], set[int]]) -> set[int]:
+        """Asks the linear program; leaves with a port outside are variables in it."""
+
+        def loss(variables: list[jax.Array]) -> Any:
+            def argument(p: jax.Array, v: jax.Array, port: str) -> jax.Array | Chain:
+                if port == _OUTSIDE:
+                    return v
+                return Chain((v,)) if port == _NO else Chain((p, v), _port)
+
+            return fun(list(map(argument, leaves, variables, ports)))
+
+        inside = [_INSIDE if port == _INSIDE else _NO for port in ports]
+        return of_linear_program(ask, loss, _variables(inside, leaves, totals))
+
+    def outside() -> set[int]:
+        return {i for i, port in enumerate(ports) if port == _OUTSIDE}
+
+    def with_outside(ported: set[int]) -> list[str]:
+        return [_OUTSIDE if i in ported else port for i, port in enumerate(ports)]
 
     def safe(program: Any, ported: set[int]) -> set[int]:
         return unsafe_refs(program, ported) if _MISPLACES else ported
 
-    ported = required
     if _MISPLACES:
-        ported = of_linear_program(lambda x: safe(x, required), fun, params)
-    if ported != required:
-        _warn_of_ports(params, ported - required)
-    yield mask(ported)
-    more = of_linear_program(lambda x: safe(x, ported | sliced(x)), fun, params)
-    if more != ported:  # else the same mask again
-        yield mask(more)
+        unsafe = found(lambda program: safe(program, set()))
+        if unsafe:
+            _warn_of_ports(params, {i for i in unsafe if ports[i] == _NO})
+        ports = with_outside(unsafe)
+    yield ports
+    more = found(lambda program: safe(program, outside() | sliced(program)))
+    if more != outside():  # else the same ports again
+        yield with_outside(more)
 
 
 def _warn_of_ports(params: PyTree, ported: set[int]) -> None:

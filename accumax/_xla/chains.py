@@ -1,0 +1,244 @@
+"""Moves casts of stacked parameters into the scans that read them.
+
+A program that casts all layers and then scans over them has the gradient of all layers
+in the dtype of the cast, before it is cast back and added. Cast within the scan, only
+one layer's gradient exists (whole tree cast to bf16, AdamW: 1.22 to 1.29 times the
+memory of the step without accumulation on CPU, GPU and TPU; 1.02 within the scan).
+Slicing commutes with what is done element by element, so no bit of the loss or of its
+gradient changes.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.sharding import Sharding
+
+from .jaxprs import is_variable
+
+# Computed element by element; the second operand of the last two is a number.
+_STEPS = "convert_element_type", "neg", "reduce_precision", "copy", "mul", "div"
+# What a scan of a jaxpr has that `lax.scan` does not, or under other names.
+_OF_SCAN = {"jaxpr", "num_consts", "num_carry", "linear", "ft_in", "ft_out"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """An array that is computed element by element from arrays of its shape.
+
+    Attributes:
+      roots: these arrays, such as a parameter.
+      steps: from the roots to the array, or from slices of the roots to its slice.
+        None if the array is the only root.
+    """
+
+    roots: tuple[jax.Array, ...]
+    steps: Callable[..., jax.Array] | None = None
+
+    def value(self) -> jax.Array:
+        return self.roots[0] if self.steps is None else self.steps(*self.roots)
+
+    def with_roots(self, *roots: jax.Array) -> "Chain":
+        return Chain(roots, self.steps)
+
+
+def run(program: ClosedJaxpr, args: Sequence[jax.Array | Chain]) -> list[jax.Array]:
+    """Evaluates `program`, with the chains that a scan reads moved into the scan.
+
+    A chain begins at an argument that is a `Chain`. It moves if nothing but the scan
+    reads it, through `jax.jit` and `jax.checkpoint` too.
+    """
+    jaxpr = program.jaxpr
+    if not _moves(jaxpr, [_kind(x) for x in args]):
+        return jaxpr_as_fun(program)(*map(_value, args))
+    readers = _readers(jaxpr)
+    known: dict[Any, Any] = dict(zip(jaxpr.constvars, program.consts, strict=True))
+    known |= zip(jaxpr.invars, args, strict=True)
+    waiting: list[Any] = []  # equations as they are, to be evaluated together
+
+    def evaluate() -> None:
+        if not waiting:
+            return
+        inside = {x for eqn in waiting for x in eqn.outvars}
+        read = dict.fromkeys(x for eqn in waiting for x in eqn.invars if is_variable(x))
+        inputs = [x for x in read if x not in inside]
+        outputs = [x for x in inside if readers[x]]
+        part = jaxpr.replace(
+            constvars=[],
+            invars=inputs,
+            outvars=outputs,
+            eqns=list(waiting),
+            effects=frozenset().union(*(eqn.effects for eqn in waiting)),
+            debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
+        )
+        waiting.clear()
+        values = jaxpr_as_fun(ClosedJaxpr(part, ()))(
+            *[_value(known[x]) for x in inputs]
+        )
+        known.update(zip(outputs, values, strict=True))
+
+    def operand(x: Any) -> Any:
+        return known[x] if is_variable(x) else x.val
+
+    for eqn in jaxpr.eqns:
+        kinds = [_kind(known.get(x)) if is_variable(x) else 0 for x in eqn.invars]
+        if _is_step(eqn, kinds, readers):
+            (i,) = (i for i, kind in enumerate(kinds) if kind)
+            known[eqn.outvars[0]] = _longer(known[eqn.invars[i]], eqn, i)
+        elif _moves_into(eqn, kinds):
+            evaluate()
+            values = _rebuilt(eqn, [operand(x) for x in eqn.invars])
+            known.update(zip(eqn.outvars, values, strict=True))
+        else:
+            waiting.append(eqn)
+    evaluate()
+    return [_value(operand(x)) for x in jaxpr.outvars]
+
+
+def _moves(jaxpr: Any, kinds: Sequence[int]) -> bool:
+    """Whether a chain moves. `kinds` of the inputs: see `_kind`."""
+    return any(kinds) and any(_moves_into(*x) for x in _ends(jaxpr, kinds))
+
+
+def _ends(jaxpr: Any, kinds: Sequence[int]) -> Iterator[tuple[Any, list[int]]]:
+    """Yields the equations that are no steps, with the kinds of their operands."""
+    readers = _readers(jaxpr)
+    known = dict(zip(jaxpr.invars, kinds, strict=True))
+    for eqn in jaxpr.eqns:
+        found = [known.get(x, 0) if is_variable(x) else 0 for x in eqn.invars]
+        if _is_step(eqn, found, readers):
+            known[eqn.outvars[0]] = 2
+        else:
+            yield eqn, found
+
+
+def _kind(x: Any) -> int:
+    """0 for an array; 1 for a chain without steps, and 2 with steps."""
+    return 0 if not isinstance(x, Chain) else 1 if x.steps is None else 2
+
+
+def _value(x: Any) -> Any:
+    return x.value() if isinstance(x, Chain) else x
+
+
+def _readers(jaxpr: Any) -> collections.Counter[Any]:
+    read = [x for eqn in jaxpr.eqns for x in eqn.invars] + list(jaxpr.outvars)
+    return collections.Counter(filter(is_variable, read))
+
+
+def _is_step(eqn: Any, kinds: list[int], readers: collections.Counter[Any]) -> bool:
+    """Whether `eqn` makes a chain longer, which is read once."""
+    if eqn.primitive.name not in _STEPS or sum(map(bool, kinds)) != 1:
+        return False
+    if readers[eqn.outvars[0]] != 1 or eqn.params.get("sharding") is not None:
+        return False
+    if eqn.primitive.name == "div" and not kinds[0]:
+        return False
+    numbers = [x for x, kind in zip(eqn.invars, kinds, strict=True) if not kind]
+    return all(not is_variable(x) and x.aval.shape == () for x in numbers)
+
+
+def _longer(chain: Chain, eqn: Any, i: int) -> Chain:
+    def steps(*roots: jax.Array) -> jax.Array:
+        operands = [getattr(x, "val", None) for x in eqn.invars]
+        operands[i] = roots[0] if chain.steps is None else chain.steps(*roots)
+        return eqn.primitive.bind(*operands, **eqn.params)
+
+    return Chain(chain.roots, steps)
+
+
+def _moves_into(eqn: Any, kinds: list[int]) -> bool:
+    if not any(kinds):
+        return False
+    if eqn.primitive.name == "scan":
+        options = eqn.params.keys() - _OF_SCAN
+        known = options == {"length", "reverse", "unroll"}
+        return known and 2 in kinds[-_scanned(eqn) :][: _scanned(eqn)]
+    if "prevent_cse" in eqn.params and 2 in kinds:
+        return True  # a `jax.checkpoint` would else keep the end of the chain
+    inner = _called(eqn)
+    return inner is not None and _moves(inner, kinds)
+
+
+def _scanned(eqn: Any) -> int:
+    """The number of operands that a scan is over: they have one more axis outside."""
+    inner = eqn.params["jaxpr"].jaxpr.invars
+    pairs = zip(eqn.invars, inner, strict=True)
+    return sum(x.aval.ndim != y.aval.ndim for x, y in pairs)
+
+
+def _called(eqn: Any) -> Any:
+    """The jaxpr of a `jax.jit` without shardings, or of a `jax.checkpoint`."""
+    if "prevent_cse" in eqn.params:
+        return eqn.params["jaxpr"]
+    if eqn.primitive.name not in ("jit", "pjit"):
+        return None
+    shardings = *eqn.params["in_shardings"], *eqn.params["out_shardings"]
+    if any(isinstance(x, Sharding) for x in shardings):
+        return None
+    return eqn.params["jaxpr"].jaxpr
+
+
+def _rebuilt(eqn: Any, operands: list[Any]) -> Sequence[jax.Array]:
+    """Evaluates `eqn`, with the chains among its operands moved into it."""
+    params = eqn.params
+    if eqn.primitive.name == "scan":
+        return _scan(eqn, operands)
+    inner = params["jaxpr"]
+    if not isinstance(inner, ClosedJaxpr):
+        inner = ClosedJaxpr(inner, ())
+    if "prevent_cse" not in params:
+        with jax.named_scope(params["name"]):
+            return run(inner, operands)
+
+    def fun(slices: list[tuple[jax.Array, ...]]) -> list[jax.Array]:
+        return run(inner, _with_roots(operands, slices))
+
+    checkpoint = jax.checkpoint(
+        fun, prevent_cse=params["prevent_cse"], policy=params["policy"]
+    )
+    return checkpoint(_roots(operands))
+
+
+def _roots(operands: list[Any]) -> list[tuple[jax.Array, ...]]:
+    return [x.roots if isinstance(x, Chain) else (x,) for x in operands]
+
+
+def _with_roots(operands: list[Any], roots: list[tuple[jax.Array, ...]]) -> list[Any]:
+    """`operands` with other roots; the inverse of `_roots` for the same ones."""
+    pairs = zip(operands, roots, strict=True)
+    return [x.with_roots(*y) if isinstance(x, Chain) else y[0] for x, y in pairs]
+
+
+def _scan(eqn: Any, operands: list[Any]) -> Sequence[jax.Array]:
+    inner, count = eqn.params["jaxpr"], _scanned(eqn)
+    pairs = zip(eqn.outvars, inner.jaxpr.outvars, strict=True)
+    carried = sum(x.aval.ndim == y.aval.ndim for x, y in pairs)
+    first, xs = len(operands) - count - carried, operands[-count:]
+    consts = [_value(x) for x in operands[:first]]
+    begin = [_value(x) for x in operands[first:-count]]
+
+    def body(carry: list[jax.Array], slices: list[tuple[jax.Array, ...]]) -> Any:
+        out = run(inner, [*consts, *carry, *_with_roots(xs, slices)])
+        return out[:carried], out[carried:]
+
+    kinds = [0] * (len(operands) - count) + [_kind(x) for x in xs]
+    if any(2 in x and not _moves_into(e, x) for e, x in _ends(inner.jaxpr, kinds)):
+        # Casts are computed again in the backward pass. They would else be kept for all
+        # layers, as the operands of what follows.
+        shapes = {x.aval.shape for x in inner.jaxpr.invars[-count:]}
+        policy = functools.partial(_keeps, shapes)
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, ys = lax.scan(body, begin, _roots(xs), **options)
+    return [*carry, *ys]
+
+
+def _keeps(shapes: set[Any], primitive: Any, *avals: Any, **_: Any) -> bool:
+    """A policy of `jax.checkpoint`: keeps all but steps on arrays of these shapes."""
+    return primitive.name not in _STEPS or avals[0].shape not in shapes
