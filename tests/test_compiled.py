@@ -294,7 +294,10 @@ def test_every_call_runs_what_the_first_one_traced():
         first = len(traces)
         for _ in range(6):
             params, state, _ = step(params, state, batch)
-        assert len(traces) == first == 1
+        # Whether a cast can move into a scan, and on JAX 0.10 where refs are safe, is
+        # read from programs of the loss.
+        before = in_place * (1 + (jax.__version_info__ < (0, 11)))
+        assert len(traces) == first == 1 + before
         assert step._cache_size() == 1
 
     update = jax.jit(tx.update)

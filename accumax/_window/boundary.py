@@ -36,6 +36,7 @@ def update(
     grads = _tree.seen(updates, sums.grads)
     seen = window.devices.as_replicated(grads)  # the type that `inner` sees
     # As for the big batch: the dtypes that `inner` returns for such gradients.
+    window.inner.check_state(state.inner_opt_state, seen if params is None else params)
     like = window.inner.emits(
         seen, state.inner_opt_state, params, extra_args | sums.args
     )
@@ -85,13 +86,25 @@ def close(
     )
     averaged = window.accumulator.averaged_args
     window.inner.check_used(seen, state.inner_opt_state, live, extra_args, averaged)
-    like = window.inner.emits(seen, state.inner_opt_state, live, extra_args | sums.args)
+    window.inner.check_state(state.inner_opt_state, live)
+    # As for the big batch: the dtypes that `inner` returns for such gradients. If the
+    # mean has their dtypes, so do the updates, and `inner` need not be traced twice.
+    pairs = zip(
+        jax.tree.leaves(sums.grads),
+        jax.tree.leaves(_tree.masked(seen, sums.grads)),
+        strict=True,
+    )
+    like = None
+    if any(_tree.wide(total.dtype) != x.dtype for total, x in pairs):
+        like = window.inner.emits(
+            seen, state.inner_opt_state, live, extra_args | sums.args
+        )
 
     def apply(carry: Any, grads: PyTree) -> Any:
         params, inner_state = carry
         total = sums._replace(grads=grads)
         updates, inner_state = window.run(total, seen, inner_state, params, extra_args)
-        updates = _tree.cast_like(updates, like)
+        updates = updates if like is None else _tree.cast_like(updates, like)
         return optax.apply_updates(params, updates), inner_state
 
     applies = progress.closes & divides(sums.weight)

@@ -43,18 +43,16 @@ class Inner(NamedTuple):
         def updates(grads: PyTree, inner_state: Any, params: PyTree) -> Any:
             return self.update(grads, inner_state, params, **extra_args)
 
-        self._check_state(inner_state, grads if params is None else params)
         new_updates, new_state = jax.eval_shape(updates, grads, inner_state, params)
-        got, gave = jax.tree.structure(inner_state), jax.tree.structure(new_state)
-        if gave == got:
-            return new_updates
-        raise TypeError(
-            f"The inner transformation changes the structure of its own state, from "
-            f"{got} to {gave}, which no branch or loop of JAX can do. Put it around "
-            "the accumulate, or give its init what its update needs."
-        )
+        check_kept(inner_state, new_state)
+        return new_updates
 
-    def _check_state(self, inner_state: Any, like: PyTree) -> None:
+    def check_state(self, inner_state: Any, like: PyTree) -> None:
+        """Checks that `inner_state` is one for parameters with the shapes of `like`.
+
+        Raises:
+          TypeError, ValueError: it is not.
+        """
         try:
             expected = jax.eval_shape(self.init, like)
         except Exception:  # `init` needs values: nothing to compare with
@@ -164,6 +162,21 @@ class Inner(NamedTuple):
                     "inner transformation takes "
                     f"{', '.join(sorted(self.names)) or 'no extra arguments'}."
                 )
+
+
+def check_kept(old: PyTree, new: PyTree) -> None:
+    """Checks that the new state of a transformation has the structure of the old one.
+
+    Raises:
+      TypeError: it has another.
+    """
+    got, gave = jax.tree.structure(old), jax.tree.structure(new)
+    if gave != got:
+        raise TypeError(
+            f"The inner transformation changes the structure of its own state, from "
+            f"{got} to {gave}, which no branch or loop of JAX can do. Put it around "
+            "the accumulate, or give its init what its update needs."
+        )
 
 
 def _is_masked(state: Any) -> bool:

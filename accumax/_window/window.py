@@ -14,7 +14,7 @@ from .._sums import Accumulator, Sums, check_weight
 from .._types import ArrayLike, PyTree, Schedule
 from .._xla.varying import zeros
 from .checks import check_averaged, check_length, check_state
-from .inner import Inner
+from .inner import Inner, check_kept
 from .state import AccumulateState, Progress, gradient_of
 
 
@@ -149,6 +149,7 @@ class Window:
         mean = _tree.restore(mean, jax.tree.map(zeros, _tree.others(like, mean)))
         extra_args = extra_args | means
         updates, new_state = self.inner.update(mean, inner_state, params, **extra_args)
+        check_kept(inner_state, new_state)
         return updates, _tree.cast_like(new_state, inner_state)
 
     def check_names(self, extra_args: dict[str, Any], strict: bool = False) -> None:

@@ -40,11 +40,20 @@ class Chain:
     roots: tuple[jax.Array, ...]
     steps: Callable[..., jax.Array] | None = None
 
-    def value(self) -> jax.Array:
-        return self.roots[0] if self.steps is None else self.steps(*self.roots)
-
     def with_roots(self, *roots: jax.Array) -> "Chain":
         return Chain(roots, self.steps)
+
+
+def value(x: Any) -> Any:
+    """The array of a `Chain`; anything else as it is."""
+    if not isinstance(x, Chain):
+        return x
+    return x.roots[0] if x.steps is None else x.steps(*x.roots)
+
+
+def moves(program: ClosedJaxpr, args: Sequence[jax.Array | Chain]) -> bool:
+    """Whether `run` would move a chain, or only evaluate `program`."""
+    return _moves(program.jaxpr, [_kind(x) for x in args])
 
 
 def run(program: ClosedJaxpr, args: Sequence[jax.Array | Chain]) -> list[jax.Array]:
@@ -54,8 +63,8 @@ def run(program: ClosedJaxpr, args: Sequence[jax.Array | Chain]) -> list[jax.Arr
     reads it, through `jax.jit` and `jax.checkpoint` too.
     """
     jaxpr = program.jaxpr
-    if not _moves(jaxpr, [_kind(x) for x in args]):
-        return jaxpr_as_fun(program)(*map(_value, args))
+    if not moves(program, args):
+        return jaxpr_as_fun(program)(*map(value, args))
     readers = _readers(jaxpr)
     known: dict[Any, Any] = dict(zip(jaxpr.constvars, program.consts, strict=True))
     known |= zip(jaxpr.invars, args, strict=True)
@@ -77,9 +86,7 @@ def run(program: ClosedJaxpr, args: Sequence[jax.Array | Chain]) -> list[jax.Arr
             debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
         )
         waiting.clear()
-        values = jaxpr_as_fun(ClosedJaxpr(part, ()))(
-            *[_value(known[x]) for x in inputs]
-        )
+        values = jaxpr_as_fun(ClosedJaxpr(part, ()))(*[value(known[x]) for x in inputs])
         known.update(zip(outputs, values, strict=True))
 
     def operand(x: Any) -> Any:
@@ -97,7 +104,7 @@ def run(program: ClosedJaxpr, args: Sequence[jax.Array | Chain]) -> list[jax.Arr
         else:
             waiting.append(eqn)
     evaluate()
-    return [_value(operand(x)) for x in jaxpr.outvars]
+    return [value(operand(x)) for x in jaxpr.outvars]
 
 
 def _moves(jaxpr: Any, kinds: Sequence[int]) -> bool:
@@ -120,10 +127,6 @@ def _ends(jaxpr: Any, kinds: Sequence[int]) -> Iterator[tuple[Any, list[int]]]:
 def _kind(x: Any) -> int:
     """0 for an array; 1 for a chain without steps, and 2 with steps."""
     return 0 if not isinstance(x, Chain) else 1 if x.steps is None else 2
-
-
-def _value(x: Any) -> Any:
-    return x.value() if isinstance(x, Chain) else x
 
 
 def _readers(jaxpr: Any) -> collections.Counter[Any]:
@@ -220,8 +223,8 @@ def _scan(eqn: Any, operands: list[Any]) -> Sequence[jax.Array]:
     pairs = zip(eqn.outvars, inner.jaxpr.outvars, strict=True)
     carried = sum(x.aval.ndim == y.aval.ndim for x, y in pairs)
     first, xs = len(operands) - count - carried, operands[-count:]
-    consts = [_value(x) for x in operands[:first]]
-    begin = [_value(x) for x in operands[first:-count]]
+    consts = [value(x) for x in operands[:first]]
+    begin = [value(x) for x in operands[first:-count]]
 
     def body(carry: list[jax.Array], slices: list[tuple[jax.Array, ...]]) -> Any:
         out = run(inner, [*consts, *carry, *_with_roots(xs, slices)])

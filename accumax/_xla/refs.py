@@ -17,7 +17,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from .._tree import strong
 from .._types import PyTree
-from .chains import Chain, run
+from .chains import Chain, moves, run, value
 from .jaxprs import hands_on_refs, of_linear_program, sliced, unsafe_refs
 from .loops import at_most_once, reset
 from .varying import on_mesh_of, typed_like, zeros
@@ -47,7 +47,7 @@ def add_backward(
     no gradient tree exists. The twin that carries the tree is `jax.vjp` and
     `Accumulator.add`.
 
-    The loss is traced once. A cast of stacked parameters is moved into the scan that
+    A cast of stacked parameters is moved into the scan that
     reads them (`chains.run`), and so is the port of a parameter whose accumulator has
     another dtype: only one layer's gradient exists in the parameter's dtype.
 
@@ -89,8 +89,7 @@ def add_backward(
             except Exception as error:  # an error of `fun` itself is raised again below
                 failure = repr(error).splitlines()[0]
     ports = [_OUTSIDE] * len(jax.tree.leaves(params))
-    leaves = functools.partial(_of_leaves, fun, jax.tree.structure(params))
-    out = _add_backward(leaves, ports, params, sums, first, taken)
+    out = _add_backward(_of_leaves(fun, params), ports, params, sums, first, taken)
     if failure is not None:
         warnings.warn(
             f"JAX {jax.__version__} could not add this loss's gradient in place "
@@ -101,12 +100,14 @@ def add_backward(
     return out
 
 
-def _of_leaves(fun: Callable[[PyTree], T], structure: Any, leaves: list[Any]) -> T:
-    return fun(structure.unflatten(leaves))
+def _of_leaves(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., Any]:
+    """Returns `fun` as a function of the leaves of `params`, arrays or `Chain`s."""
+    structure = jax.tree.structure(params)
+    return lambda leaves: fun(structure.unflatten(map(value, leaves)))
 
 
 def _traced(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., Any]:
-    """Traces `fun`; returns it as a function of the leaves, arrays or `Chain`s."""
+    """As `_of_leaves`, with chains moved into scans."""
     static: list[Any] = []
 
     def arrays(params: PyTree) -> list[jax.Array]:
@@ -114,7 +115,16 @@ def _traced(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., Any]:
         return found
 
     program = jax.make_jaxpr(arrays)(params)
-    return lambda leaves: _join_arrays(run(program, leaves), *static)
+    as_it_is = _of_leaves(fun, params)
+
+    def of_leaves(leaves: list[Any]) -> Any:
+        # To trace `fun` again is cheaper than to differentiate its equations: JAX
+        # differentiates what is jitted in it, such as a matmul, once for all layers.
+        if not moves(program, leaves):
+            return as_it_is(leaves)
+        return _join_arrays(run(program, leaves), *static)
+
+    return of_leaves
 
 
 def _through(
@@ -166,8 +176,8 @@ def _add_backward(
 
     variables = _variables(ports, leaves, totals)
     if taken is None:
-        value, vjp, aux = jax.vjp(through, variables, has_aux=True)
-        seed, sums = jnp.ones_like(value), on_mesh_of(jax.typeof(value), sums)
+        loss, vjp, aux = jax.vjp(through, variables, has_aux=True)
+        seed, sums = jnp.ones_like(loss), on_mesh_of(jax.typeof(loss), sums)
         if first is not None:
             sums, seed = reset(sums, first, seed)
         return aux, add(vjp, sums, seed)
@@ -177,18 +187,18 @@ def _add_backward(
     static: list[Any] = []
 
     def through_arrays(variables: list[jax.Array]) -> Any:
-        value, (values, aux) = through(variables)
+        loss, (values, aux) = through(variables)
         arrays, *static[:] = _split_arrays(aux)
-        return value, jax.tree.map(strong, (values, arrays))
+        return loss, jax.tree.map(strong, (values, arrays))
 
-    value, out = jax.eval_shape(through_arrays, variables)
-    seed, sums = jnp.ones((), value.dtype), on_mesh_of(value, sums)
+    like, out = jax.eval_shape(through_arrays, variables)
+    seed, sums = jnp.ones((), like.dtype), on_mesh_of(like, sums)
     if first is not None:
         sums, seed = reset(sums, first, seed)
 
     def both(carry: Any) -> Any:
-        value, vjp, out = jax.vjp(through_arrays, variables, has_aux=True)
-        return out, add(vjp, carry[1], typed_like(seed, value))
+        loss, vjp, out = jax.vjp(through_arrays, variables, has_aux=True)
+        return out, add(vjp, carry[1], typed_like(seed, loss))
 
     def forward(aux: list[jax.Array]) -> list[jax.Array]:
         del aux
