@@ -149,20 +149,49 @@ class Accumulator:
 
     def result(self, sums: Sums) -> tuple[PyTree, dict[str, jax.Array]]:
         """Returns the reduced gradient, in at least float32, and averaged arguments."""
-        # A window without weight is never applied, but it is computed if a conditional
-        # becomes a select (under vmap, on some backends). A NaN weight stays a NaN.
-        total = jnp.where(sums.weight != 0, sums.weight, 1)
+        grads = self.divide_in_place(sums.grads, sums.weight)
+        return self.divide_half(grads, sums.weight), self.means(sums)
+
+    def divide_in_place(self, grads: PyTree, weight: jax.Array) -> PyTree:
+        """Divides those sums that are in at least float32; their dtypes stay."""
+        factor = self._factor(weight)
+        return jax.tree.map(
+            lambda a: a if _is_half(a) else a * factor.astype(a.dtype), grads
+        )
+
+    def divide_half(self, grads: PyTree, weight: jax.Array) -> PyTree:
+        """Divides the other sums, in float32."""
+        factor = self._factor(weight)
+
+        def divided(a: jax.Array) -> jax.Array:
+            wide = a.astype(_tree.wide(a.dtype))
+            return wide * factor.astype(wide.dtype) if _is_half(a) else a
+
+        return jax.tree.map(divided, grads)
+
+    def means(self, sums: Sums) -> dict[str, jax.Array]:
+        """Returns the averaged arguments, () float each."""
+        return {
+            name: value / _divisor(sums.weight) for name, value in sums.args.items()
+        }
+
+    def _factor(self, weight: jax.Array) -> jax.Array:
         # The reciprocal: XLA materialises a quotient that has two readers (Adam's
         # moments), one more copy of the parameters. It fuses a product.
-        factor = 1 / total if self.reduction != "sum" else jnp.ones_like(total)
-        factor = jnp.where(sums.weight > _most(), jnp.nan, factor)
+        factor = jnp.ones_like(weight)
+        if self.reduction != "sum":
+            factor = 1 / _divisor(weight)
+        return jnp.where(weight > _most(), jnp.nan, factor)
 
-        def reduced(a: jax.Array) -> jax.Array:
-            a = a.astype(_tree.wide(a.dtype))
-            return a * factor.astype(a.dtype)
 
-        args = {name: value / total for name, value in sums.args.items()}
-        return jax.tree.map(reduced, sums.grads), args
+def _divisor(weight: jax.Array) -> jax.Array:
+    # A window without weight is never applied, but it is computed if a conditional
+    # becomes a select (under vmap, on some backends). A NaN weight stays a NaN.
+    return jnp.where(weight != 0, weight, 1)
+
+
+def _is_half(x: jax.Array) -> bool:
+    return _tree.wide(x.dtype) != x.dtype
 
 
 def accumulator(

@@ -1,7 +1,9 @@
 """The benchmarks run. What they time at this size means nothing; see their headers."""
 
 import accuracy
+import devices
 import flax_states
+import floors
 import forms
 import info_nce
 import jax
@@ -11,6 +13,7 @@ import models
 import pytest
 import speed
 import targets
+import zoo
 
 import accumax
 
@@ -67,6 +70,15 @@ def test_the_error_stays_within_twice_that_of_the_big_batch():
 
 def test_ones_in_bfloat16_have_a_mean_of_one():
     assert accuracy.ones_table() == 0
+
+
+def test_unlike_models_are_compared_with_their_floor(capsys):
+    small = zoo.models(layers=2, width=64, rows=8)
+    cast = [m for m in small if m.name.startswith(("tree cast, scanned", "LoRA"))]
+    bars = floors.table(devices.device("cpu"), cast)
+    assert "train_step / plain" in capsys.readouterr().out
+    for what, ratio, _ in bars:
+        assert 0.5 < ratio < 3, what
 
 
 def test_a_target_that_is_unknown_is_refused(capsys):

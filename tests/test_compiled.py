@@ -259,6 +259,33 @@ def test_the_boundary_alone_copies_no_parameter():
     assert step.memory_analysis().temp_size_in_bytes < 0.01 * MATRIX
 
 
+OPTIMIZERS = {
+    "adamw": optax.adamw(1e-3),
+    "clipped sgd": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    "clipped adam": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)),
+    "novograd": optax.novograd(1e-3),
+    "lion": optax.lion(1e-3),
+    "lamb": optax.lamb(1e-3),
+    "adafactor": optax.adafactor(1e-3),
+    "muon": optax.contrib.muon(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_the_boundary_takes_the_memory_of_the_optimizer_alone(stacked, name):
+    inner = OPTIMIZERS[name]
+    params = [jax.ShapeDtypeStruct((128, 128), jnp.float32)] * 8
+    if stacked:
+        params = jax.ShapeDtypeStruct((8, 128, 128), jnp.float32)
+    tx = accumax.accumulate(inner, EVERY)
+    step, init_state = forms.applied(inner)
+    alone = compiled(step, init_state, params, params)
+    ours = compiled(functools.partial(accumax.flush, tx), tx.init, params)
+    temps = [x.memory_analysis().temp_size_in_bytes for x in (ours, alone)]
+    assert temps[0] <= temps[1] + 16_384  # scalars of each leaf
+
+
 def test_train_step_copies_no_parameter():
     step, init_state = forms.train_steps(forms.matrices_loss)[forms.TRAIN_STEP]
     x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)

@@ -196,13 +196,23 @@ class Devices:
         return sums
 
     def boundary(
-        self, applies: jax.Array, fun: Callable[[T, Any], T], carry: T, sums: PyTree
+        self,
+        applies: jax.Array,
+        divide: Callable[[PyTree, jax.Array], PyTree],
+        fun: Callable[[T, Any], T],
+        carry: T,
+        sums: PyTree,
+        weight: jax.Array,
     ) -> tuple[T, PyTree]:
-        """Runs `carry = fun(carry, total)` in place if `applies`, () bool.
+        """Runs `carry = fun(carry, divide(total, weight))` in place if `applies`.
 
-        It returns `(carry, sums)`. `total` is the sum over devices. On one device the
-        sums are only read, so they do not go through the loop: a GPU would copy them.
+        It returns `(carry, sums)`. `applies` is () bool, `weight` () float, and `total`
+        the sum over devices. On one device `fun` only reads the sums, so they do not go
+        through its loop: a GPU would copy them. The division has a loop of its own:
+        where the optimizer reads the mean twice, for a norm or a matrix product, XLA
+        would materialise it (SGD with clipping: 1.0 of temp on CPU; Muon: 0.88 on GPU).
         """
+        sums = at_most_once(applies, lambda sums: divide(sums, weight), sums)
         return at_most_once(applies, lambda carry: fun(carry, sums), carry), sums
 
     def shapes(self, name: str, sums: PyTree) -> PyTree:

@@ -221,27 +221,35 @@ class PerDevice(Replicated):
         return self.map(on_device, (own, same), specs, specs)
 
     def total(self, sums: T) -> T:
-        return self._reduced(sums)[1]
+        return self._reduced(sums, lambda total, _: total, jnp.ones(()))[1]
 
     def boundary(
-        self, applies: jax.Array, fun: Callable[[T, Any], T], carry: T, sums: PyTree
+        self,
+        applies: jax.Array,
+        divide: Callable[[PyTree, jax.Array], PyTree],
+        fun: Callable[[T, Any], T],
+        carry: T,
+        sums: PyTree,
+        weight: jax.Array,
     ) -> tuple[T, PyTree]:
         # The sums go through the loop, so that they are reduced in place.
         def body(both: tuple[T, PyTree]) -> tuple[T, PyTree]:
             carry, sums = both
-            sums, total = self._reduced(sums)
-            return fun(carry, total), sums
+            sums, mean = self._reduced(sums, divide, weight)
+            return fun(carry, mean), sums
 
         return at_most_once(applies, body, (carry, sums))
 
-    def _reduced(self, sums: T) -> tuple[T, T]:
+    def _reduced(
+        self, sums: T, divide: Callable[[T, jax.Array], T], weight: jax.Array
+    ) -> tuple[T, T]:
         """Sums over devices; returns the layouts of a state and of a gradient."""
 
-        def reduced(sums: T) -> tuple[T, T]:
-            total = self.sum(sums)
+        def reduced(sums: T, weight: jax.Array) -> tuple[T, T]:
+            total = divide(self.sum(sums), weight)
             return self.vary(total), total
 
-        return self.on_each(reduced, (sums,), ())
+        return self.on_each(reduced, (sums,), (weight,))
 
     def shapes(self, name: str, sums: PyTree) -> PyTree:
         def shape(path: Any, x: Any) -> jax.ShapeDtypeStruct:

@@ -44,7 +44,10 @@ def update(
     def emit(operand: Any) -> Any:
         sums, inner_state, params = operand
         sums = sums._replace(grads=window.devices.total(sums.grads))
-        emitted, inner_state = window.run(sums, seen, inner_state, params, extra_args)
+        mean, means = window.accumulator.result(sums)
+        emitted, inner_state = window.run(
+            mean, seen, inner_state, params, extra_args | means
+        )
         return _tree.cast_like(emitted, like), inner_state
 
     def hold(operand: Any) -> Any:
@@ -100,10 +103,13 @@ def close(
             seen, state.inner_opt_state, live, extra_args | sums.args
         )
 
+    accumulator, weight = window.accumulator, sums.weight
+
     def apply(carry: Any, grads: PyTree) -> Any:
         params, inner_state = carry
-        total = sums._replace(grads=grads)
-        updates, inner_state = window.run(total, seen, inner_state, params, extra_args)
+        grads = accumulator.divide_half(grads, weight)
+        extra = extra_args | accumulator.means(sums)
+        updates, inner_state = window.run(grads, seen, inner_state, params, extra)
         updates = updates if like is None else _tree.cast_like(updates, like)
         return optax.apply_updates(params, updates), inner_state
 
@@ -111,7 +117,7 @@ def close(
     carry = live, state.inner_opt_state
     with jax.named_scope("accumax.boundary"):
         (live, inner_state), grads = window.devices.boundary(
-            applies, apply, carry, sums.grads
+            applies, accumulator.divide_in_place, apply, carry, sums.grads, weight
         )
     sums = sums._replace(grads=grads)
     new_state = window.next(state, sums, inner_state, progress, applies)

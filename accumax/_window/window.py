@@ -135,7 +135,7 @@ class Window:
 
     def run(
         self,
-        sums: Sums,
+        grads: PyTree,
         like: PyTree,
         inner_state: Any,
         params: PyTree,
@@ -145,10 +145,8 @@ class Window:
 
         `like` has the shapes of all gradients: zeros stand for those without a sum.
         """
-        mean, means = self.accumulator.result(sums)
-        mean = _tree.restore(mean, jax.tree.map(zeros, _tree.others(like, mean)))
-        extra_args = extra_args | means
-        updates, new_state = self.inner.update(mean, inner_state, params, **extra_args)
+        grads = _tree.restore(grads, jax.tree.map(zeros, _tree.others(like, grads)))
+        updates, new_state = self.inner.update(grads, inner_state, params, **extra_args)
         check_kept(inner_state, new_state)
         return updates, _tree.cast_like(new_state, inner_state)
 
