@@ -321,9 +321,8 @@ def test_every_call_runs_what_the_first_one_traced():
         first = len(traces)
         for _ in range(6):
             params, state, _ = step(params, state, batch)
-        # Whether a cast can move into a scan, and on JAX 0.10 where refs are safe, is
-        # read from programs of the loss.
-        before = in_place * (1 + (jax.__version_info__ < (0, 11)))
+        # JAX 0.10 is asked before where refs are safe, and whether a cast can move.
+        before = 2 if in_place and jax.__version_info__ < (0, 11) else 0
         assert len(traces) == first == 1 + before
         assert step._cache_size() == 1
 

@@ -272,7 +272,7 @@ def test_what_jax_cannot_add_into_a_ref_falls_back_and_leaves_nothing_behind():
 
 
 def test_a_gradient_tree_that_has_to_be_built_is_not_hidden(monkeypatch):
-    def fails(*args):
+    def fails(*args, **options):
         raise NotImplementedError("no ref for this")
 
     monkeypatch.setattr(refs, "_run_isolated", fails)

@@ -56,6 +56,15 @@ def moves(program: ClosedJaxpr, args: Sequence[jax.Array | Chain]) -> bool:
     return _moves(program.jaxpr, [_kind(x) for x in args])
 
 
+def may_move(jaxpr: Any, count: int) -> bool:
+    """Whether a scan reads a chain that begins at the first `count` inputs.
+
+    `jaxpr` may be of a loss and its backward pass, where others read the chain too.
+    """
+    kinds = [1] * count + [0] * (len(jaxpr.invars) - count)
+    return _moves(jaxpr, kinds, strict=False)
+
+
 def run(program: ClosedJaxpr, args: Sequence[jax.Array | Chain]) -> list[jax.Array]:
     """Evaluates `program`, with the chains that a scan reads moved into the scan.
 
@@ -107,14 +116,21 @@ def run(program: ClosedJaxpr, args: Sequence[jax.Array | Chain]) -> list[jax.Arr
     return [value(operand(x)) for x in jaxpr.outvars]
 
 
-def _moves(jaxpr: Any, kinds: Sequence[int]) -> bool:
-    """Whether a chain moves. `kinds` of the inputs: see `_kind`."""
-    return any(kinds) and any(_moves_into(*x) for x in _ends(jaxpr, kinds))
+def _moves(jaxpr: Any, kinds: Sequence[int], strict: bool = True) -> bool:
+    """Whether a chain moves. `kinds` of the inputs: see `_kind`.
+
+    If not `strict`, others than the scan may read it.
+    """
+    if not any(kinds):
+        return False
+    return any(_moves_into(*x, strict) for x in _ends(jaxpr, kinds, strict))
 
 
-def _ends(jaxpr: Any, kinds: Sequence[int]) -> Iterator[tuple[Any, list[int]]]:
+def _ends(
+    jaxpr: Any, kinds: Sequence[int], strict: bool = True
+) -> Iterator[tuple[Any, list[int]]]:
     """Yields the equations that are no steps, with the kinds of their operands."""
-    readers = _readers(jaxpr)
+    readers = _readers(jaxpr) if strict else collections.defaultdict(lambda: 1)
     known = dict(zip(jaxpr.invars, kinds, strict=True))
     for eqn in jaxpr.eqns:
         found = [known.get(x, 0) if is_variable(x) else 0 for x in eqn.invars]
@@ -134,7 +150,7 @@ def _readers(jaxpr: Any) -> collections.Counter[Any]:
     return collections.Counter(filter(is_variable, read))
 
 
-def _is_step(eqn: Any, kinds: list[int], readers: collections.Counter[Any]) -> bool:
+def _is_step(eqn: Any, kinds: list[int], readers: dict[Any, int]) -> bool:
     """Whether `eqn` makes a chain longer, which is read once."""
     if eqn.primitive.name not in _STEPS or sum(map(bool, kinds)) != 1:
         return False
@@ -155,7 +171,7 @@ def _longer(chain: Chain, eqn: Any, i: int) -> Chain:
     return Chain(chain.roots, steps)
 
 
-def _moves_into(eqn: Any, kinds: list[int]) -> bool:
+def _moves_into(eqn: Any, kinds: list[int], strict: bool = True) -> bool:
     if not any(kinds):
         return False
     if eqn.primitive.name == "scan":
@@ -165,7 +181,7 @@ def _moves_into(eqn: Any, kinds: list[int]) -> bool:
     if "prevent_cse" in eqn.params and 2 in kinds:
         return True  # a `jax.checkpoint` would else keep the end of the chain
     inner = _called(eqn)
-    return inner is not None and _moves(inner, kinds)
+    return inner is not None and _moves(inner, kinds, strict)
 
 
 def _scanned(eqn: Any) -> int:

@@ -17,7 +17,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from .._tree import strong
 from .._types import PyTree
-from .chains import Chain, moves, run, value
+from .chains import Chain, may_move, moves, run, value
 from .jaxprs import hands_on_refs, of_linear_program, sliced, unsafe_refs
 from .loops import at_most_once, reset
 from .varying import on_mesh_of, typed_like, zeros
@@ -77,15 +77,17 @@ def add_backward(
     """
     failure = None
     if any(isinstance(x, Tracer) for x in jax.tree.leaves((params, sums))):
-        traced = _traced(fun, params)
-        attempts = _ports(traced, params, sums)
+        attempts = _attempts(fun, params, sums)
         while True:
             try:
-                ports = next(attempts, None)
-                if ports is None:
+                attempt = next(attempts, None)
+                if attempt is None:
                     break
-                attempt = functools.partial(_add_backward, traced, ports)
-                return _run_isolated(attempt, params, sums, first, taken)
+                of_leaves, ports, unless = attempt
+                run_it = functools.partial(_add_backward, of_leaves, ports)
+                out = _run_isolated(run_it, params, sums, first, taken, unless=unless)
+                if out is not None:
+                    return out
             except Exception as error:  # an error of `fun` itself is raised again below
                 failure = repr(error).splitlines()[0]
     ports = [_OUTSIDE] * len(jax.tree.leaves(params))
@@ -98,6 +100,29 @@ def add_backward(
             stacklevel=3,
         )
     return out
+
+
+def _never(jaxpr: Any) -> bool:
+    del jaxpr
+    return False
+
+
+def _attempts(
+    fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree
+) -> Iterator[tuple[Callable[..., Any], list[str], Callable[[Any], bool]]]:
+    """Yields what to try: the loss, a port for each leaf, and what refuses the program.
+
+    The first attempt traces the loss once. It is refused if a cast could move.
+    """
+    leaves, totals = jax.tree.leaves(params), jax.tree.leaves(sums)
+    same = all(p.dtype == s.dtype for p, s in zip(leaves, totals, strict=True))
+    if same and not _MISPLACES:
+        count = len(leaves)
+        no_ports = [_NO] * count
+        yield _of_leaves(fun, params), no_ports, lambda x: may_move(x, count)
+    traced = _traced(fun, params)
+    for ports in _ports(traced, params, sums):
+        yield traced, ports, _never
 
 
 def _of_leaves(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., Any]:
@@ -229,8 +254,13 @@ def _port_bwd(like: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Arr
 _port.defvjp(_port_fwd, _port_bwd)
 
 
-def _run_isolated(fun: Callable[..., Any], *args: Any) -> Any:
-    """Runs `fun(*args)`; a failure leaves nothing behind in the caller's trace."""
+def _run_isolated(
+    fun: Callable[..., Any], *args: Any, unless: Callable[[Any], bool]
+) -> Any:
+    """Runs `fun(*args)`; a failure leaves nothing behind in the caller's trace.
+
+    Returns None if `unless(jaxpr)` of it is true.
+    """
     static: list[Any] = []
 
     def arrays(*args: Any) -> list[jax.Array]:
@@ -238,6 +268,8 @@ def _run_isolated(fun: Callable[..., Any], *args: Any) -> Any:
         return found
 
     program = jax.make_jaxpr(arrays)(*args)
+    if unless(program.jaxpr):
+        return None
     operands = jax.tree.leaves(args)
     if hands_on_refs(program.jaxpr):
         _forbid_vmap(_tracers((operands, program.consts)))
