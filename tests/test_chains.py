@@ -78,7 +78,6 @@ X = jnp.asarray(np.random.default_rng(1).normal(size=(8, D)), jnp.float32)
 
 
 @pytest.mark.rounding
-@pytest.mark.versions
 @pytest.mark.filterwarnings("ignore:JAX .* in place")
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("place", PLACES)
