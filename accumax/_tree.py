@@ -9,17 +9,21 @@ part, and are put back at the end. So are the Python numbers of an Equinox modul
 
 import math
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from ._types import ArrayLike, PyTree
 
 
-class Unused(NamedTuple):
-    """Stands in a state for the sum of a gradient that the optimizer does not use."""
+class Unused(optax.MaskedNode):
+    """Stands in a state for the sum of a gradient that the optimizer does not use.
+
+    It is an `optax.MaskedNode`, for code that looks for one in a state.
+    """
 
 
 def _is_none(x: Any) -> bool:

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.experimental import io_callback
 from problems import same_bits
 
 import accumax
@@ -182,3 +183,59 @@ def test_half_precision_parameters_take_one_layer_beside_the_accumulator():
     ]
     assert len(scans) == 2
     assert stacks == []
+
+
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
+def test_a_checkpoint_in_the_body_keeps_leaving_out_what_it_leaves_out(policy):
+    """Also beside a cast parameter that is used outside of it."""
+    many = jnp.ones((512, D))
+    params = {"w": jnp.ones((8, D, D)) / D, "b": jnp.ones((8, 1, D))}
+
+    def deep(h, w):
+        return jnp.tanh(jnp.sin(jnp.tanh(h @ w) @ w) @ w)
+
+    def loss(p, x, cast):
+        def body(h, q):
+            q = jax.tree.map(lambda x: x.astype(HALF), q)
+            return jax.checkpoint(deep, policy=policy)(h, q["w"]) + q["b"], None
+
+        p = jax.tree.map(lambda x: x.astype(HALF), p) if cast else p
+        out = lax.scan(body, x.astype(HALF), p)[0]
+        return jnp.mean(out.astype(jnp.float32) ** 2)
+
+    before, inside = (
+        temp(functools.partial(loss, cast=cast), params, many) for cast in (True, False)
+    )
+    assert before <= 1.02 * inside
+
+
+def test_a_callback_in_the_body_stays_in_place():
+    def loss(p, x):
+        def body(h, w):
+            seen = lax.stop_gradient(h.sum())
+            io_callback(lambda _: None, None, seen, ordered=True)
+            return jnp.tanh(h @ w), None
+
+        out = lax.scan(body, x.astype(HALF), p["a"].astype(HALF))[0]
+        return jnp.mean(out.astype(jnp.float32) ** 2)
+
+    params, tx = parameters(), accumax.accumulate(optax.sgd(1.0), 2)
+    got, want = (
+        jax.jit(accumax.train_step(loss, tx, in_place=in_place))(
+            params, tx.init(params), X
+        )[1].acc_grads
+        for in_place in (True, False)
+    )
+    # XLA leaves out a rounding to bfloat16 in one of them.
+    scale = float(jnp.max(jnp.abs(want["a"])))
+    np.testing.assert_allclose(got["a"], want["a"], atol=0.01 * scale)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, HALF])
+def test_a_scan_over_no_layers_has_no_gradient(dtype):
+    params = {name: jnp.ones((0, D, D), dtype) for name in ("a", "b")}
+    for step in STEPS:
+        loss = functools.partial(loss_of, step, "scan")
+        tx = accumax.accumulate(optax.sgd(1.0), 2)
+        _, _, value = jax.jit(accumax.train_step(loss, tx))(params, tx.init(params), X)
+        assert np.isfinite(value)

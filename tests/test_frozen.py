@@ -334,3 +334,40 @@ def test_nothing_is_trained():
     assert distance(params, init()) == 0
     assert not jax.tree.leaves(state.acc_grads)
     assert losses(params, data(1)[0]).shape == (24,)
+
+
+def test_a_gradient_that_an_extra_argument_brings_into_use_is_an_error():
+    def thawed(updates, state, params=None, *, thaw=None, **_):
+        rate = 0.0 if thaw is None else -thaw
+        return jax.tree.map(
+            lambda g: jnp.zeros_like(g) if thaw is None else rate * g, updates
+        ), state
+
+    later = optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), thawed)
+    labels = {"layer": "later", "out": "now", "scale": "later"}
+    inner = optax.partition({"now": optax.sgd(0.1), "later": later}, labels)
+    tx, (batch,) = accumax.accumulate(inner, 1), data(1)
+    grads = jax.grad(loss_fn)(init(), batch)
+    state = tx.init(init())
+    accumax.apply_gradients(tx, init(), state, grads)
+    with pytest.raises(TypeError, match=r"uses the gradient\['layer'\]"):
+        accumax.apply_gradients(tx, init(), state, grads, thaw=1.0)
+    with pytest.raises(TypeError, match="acc_grads="):
+        tx.update(grads, state, init(), thaw=1.0)
+    state = state._replace(acc_grads=jax.tree.map(jnp.zeros_like, init()))
+    params, _ = accumax.apply_gradients(tx, init(), state, grads, thaw=1.0)
+    want = jax.tree.map(jnp.subtract, init()["layer"], grads["layer"])
+    assert distance(params["layer"], want) < 1e-6
+
+
+def test_optax_maps_over_the_parameters_in_a_state():
+    tx = accumax.accumulate(PARTLY, 2)
+    names = {"layer": {"w": "w", "b": "b"}, "out": ["o", None], "scale": "s"}
+    named = optax.tree_utils.tree_map_params(
+        tx,
+        lambda x, name: name,
+        tx.init(init()),
+        names,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    assert named.acc_grads["out"][0] == "o"

@@ -132,6 +132,40 @@ class Inner(NamedTuple):
         pairs = zip(leaves, unused, strict=True)
         return structure.unflatten(_tree.Unused() if u else x for x, u in pairs)
 
+    def check_unused(
+        self,
+        sums: PyTree,
+        grads: PyTree,
+        state: PyTree,
+        params: PyTree,
+        extra_args: dict[str, Any],
+    ) -> None:
+        """Checks that the gradients without a sum are not used in this call either.
+
+        Extra arguments that `init` did not have may change which ones are.
+
+        Raises:
+          TypeError: one is used.
+        """
+        leaves = jax.tree.leaves(sums, is_leaf=lambda x: isinstance(x, _tree.Unused))
+        if not any(isinstance(x, _tree.Unused) for x in leaves):
+            return
+
+        def updates(grads: PyTree, state: PyTree, params: PyTree) -> Any:
+            return self.update(grads, state, params, **extra_args)
+
+        unused = unused_leaves(updates, grads, state, params)
+        paths = jax.tree_util.tree_leaves_with_path(grads)
+        for total, (path, _), is_unused in zip(leaves, paths, unused, strict=True):
+            if isinstance(total, _tree.Unused) and not is_unused:
+                name = jax.tree_util.keystr(path)
+                raise TypeError(
+                    f"The inner transformation uses the gradient{name}, but not as "
+                    "init called it, without extra arguments, so the state has no sum "
+                    "of it. Give it one before the first call: state._replace("
+                    "acc_grads=jax.tree.map(jnp.zeros_like, params))."
+                )
+
     def takes(self, name: str) -> bool:
         """Whether `update` takes an extra argument of this name."""
         return self.takes_any or name in self.names

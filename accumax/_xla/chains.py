@@ -19,7 +19,7 @@ from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import Sharding
 
-from .jaxprs import is_variable
+from .jaxprs import inner_jaxprs, is_variable
 
 # Computed element by element; the second operand of the last two is a number.
 _STEPS = "convert_element_type", "neg", "reduce_precision", "copy", "mul", "div"
@@ -176,8 +176,8 @@ def _moves_into(eqn: Any, kinds: list[int], strict: bool = True) -> bool:
         return False
     if eqn.primitive.name == "scan":
         options = eqn.params.keys() - _OF_SCAN
-        known = options == {"length", "reverse", "unroll"}
-        return known and 2 in kinds[-_scanned(eqn) :][: _scanned(eqn)]
+        known = options == {"length", "reverse", "unroll"} and eqn.params["length"]
+        return bool(known) and 2 in kinds[-_scanned(eqn) :][: _scanned(eqn)]
     if "prevent_cse" in eqn.params and 2 in kinds:
         return True  # a `jax.checkpoint` would else keep the end of the chain
     inner = _called(eqn)
@@ -247,15 +247,24 @@ def _scan(eqn: Any, operands: list[Any]) -> Sequence[jax.Array]:
         return out[:carried], out[carried:]
 
     kinds = [0] * (len(operands) - count) + [_kind(x) for x in xs]
-    if any(2 in x and not _moves_into(e, x) for e, x in _ends(inner.jaxpr, kinds)):
+    kept = any(2 in x and not _moves_into(e, x) for e, x in _ends(inner.jaxpr, kinds))
+    if kept and not inner.jaxpr.effects and not _has_checkpoint(inner.jaxpr):
         # Casts are computed again in the backward pass. They would else be kept for all
-        # layers, as the operands of what follows.
+        # layers, as the operands of what follows. A `jax.checkpoint` around another one
+        # would keep what that one leaves out, and JAX has none around a callback.
         shapes = {x.aval.shape for x in inner.jaxpr.invars[-count:]}
         policy = functools.partial(_keeps, shapes)
         body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
     carry, ys = lax.scan(body, begin, _roots(xs), **options)
     return [*carry, *ys]
+
+
+def _has_checkpoint(jaxpr: Any) -> bool:
+    return any(
+        "prevent_cse" in eqn.params or any(map(_has_checkpoint, inner_jaxprs(eqn)))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _keeps(shapes: set[Any], primitive: Any, *avals: Any, **_: Any) -> bool:

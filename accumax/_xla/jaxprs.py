@@ -60,7 +60,7 @@ def unsafe_refs(program: Any, ported: set[int]) -> set[int]:
         kinds = [_COMPUTED if i in ported else i for i in range(len(program.invars))]
         found = set(ported)
         for eqn, operands in _walk(program, kinds):
-            if any(True for _ in _inner(eqn)):
+            if any(True for _ in inner_jaxprs(eqn)):
                 inputs = [kind for kind in operands if isinstance(kind, int)]
                 found |= {kind for kind in inputs if inputs.count(kind) > 1}
             if eqn.primitive.name == "scan":
@@ -75,7 +75,7 @@ def unsafe_refs(program: Any, ported: set[int]) -> set[int]:
 def hands_on_refs(jaxpr: Any) -> bool:
     """Whether, at any depth, a scan is over a ref or a conditional gets a ref."""
     for eqn in jaxpr.eqns:
-        for inner in _inner(eqn):
+        for inner in inner_jaxprs(eqn):
             if hands_on_refs(inner):
                 return True
             if eqn.primitive.name not in ("scan", "cond"):
@@ -111,7 +111,7 @@ def _used(jaxpr: Any, wanted: list[bool]) -> list[bool]:
         of_eqn = [x in needed for x in eqn.outvars]
         if not any(of_eqn) and not eqn.effects:
             continue
-        inner = list(_inner(eqn))
+        inner = list(inner_jaxprs(eqn))
         # A loop has several jaxprs, or hands its results to itself.
         called = len(inner) == 1 and eqn.primitive.name != "scan"
         if called and len(inner[0].invars) == len(eqn.invars):
@@ -151,7 +151,7 @@ def exchanges(names: tuple[str, ...], fun: Callable[..., Any], *args: Any) -> bo
             named = any(x in names for x in leaves if isinstance(x, str))
             if named and eqn.primitive.name not in _SILENT:
                 return True
-            if any(map(walk, _inner(eqn))):
+            if any(map(walk, inner_jaxprs(eqn))):
                 return True
         return False
 
@@ -175,7 +175,7 @@ def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:
             begin = eqn.params["num_consts"]
             end = begin + eqn.params["num_carry"]
             inside[begin:end] = [_COMPUTED] * (end - begin)
-        for inner in _inner(eqn):
+        for inner in inner_jaxprs(eqn):
             # A loop or a call passes on all operands, a conditional the last ones.
             skipped = len(inside) - len(inner.invars)
             if skipped < 0:
@@ -197,7 +197,7 @@ def _inputs(kinds: list[Any]) -> set[int]:
     return {kind for kind in kinds if isinstance(kind, int)}
 
 
-def _inner(eqn: Any) -> Iterator[Any]:
+def inner_jaxprs(eqn: Any) -> Iterator[Any]:
     """The jaxprs of a loop, a conditional or a call."""
     for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
         if _is_jaxpr(x):

@@ -114,12 +114,9 @@ def _attempts(
 
     The first attempt traces the loss once. It is refused if a cast could move.
     """
-    leaves, totals = jax.tree.leaves(params), jax.tree.leaves(sums)
-    same = all(p.dtype == s.dtype for p, s in zip(leaves, totals, strict=True))
-    if same and not _MISPLACES:
-        count = len(leaves)
-        no_ports = [_NO] * count
-        yield _of_leaves(fun, params), no_ports, lambda x: may_move(x, count)
+    ports = _required(jax.tree.leaves(params), jax.tree.leaves(sums))
+    if not _MISPLACES and _INSIDE not in ports:
+        yield _of_leaves(fun, params), ports, lambda x: may_move(x, len(ports))
     traced = _traced(fun, params)
     for ports in _ports(traced, params, sums):
         yield traced, ports, _never
@@ -334,14 +331,24 @@ def _refuse(size: int, batched: Any, arrays: list[jax.Array]) -> Any:
     )
 
 
+def _required(leaves: list[jax.Array], sums: list[jax.Array]) -> list[str]:
+    """The ports that JAX requires."""
+
+    def port(p: jax.Array, s: jax.Array) -> str:
+        if not p.size:  # XLA cannot slice a ref of no layers
+            return _OUTSIDE
+        # From 0.12 on, JAX requires that a ref has the dtype of its variable.
+        return _NO if p.dtype == s.dtype else _INSIDE
+
+    return list(map(port, leaves, sums))
+
+
 def _ports(
     fun: Callable[..., Any], params: PyTree, sums: PyTree
 ) -> Iterator[list[str]]:
     """Yields a port for each leaf: those that JAX requires, then also sliced ones."""
     leaves, totals = jax.tree.leaves(params), jax.tree.leaves(sums)
-    # From 0.12 on, JAX requires that a ref has the dtype of its variable.
-    pairs = zip(leaves, totals, strict=True)
-    ports = [_NO if p.dtype == s.dtype else _INSIDE for p, s in pairs]
+    ports = _required(leaves, totals)
 
     def found(ask: Callable[[Any], set[int]]) -> set[int]:
         """Asks the linear program; leaves with a port outside are variables in it."""
@@ -367,8 +374,8 @@ def _ports(
         return unsafe_refs(program, ported) if _MISPLACES else ported
 
     if _MISPLACES:
-        unsafe = found(lambda program: safe(program, set()))
-        if unsafe:
+        unsafe = found(lambda program: safe(program, outside()))
+        if unsafe != outside():
             _warn_of_ports(params, {i for i in unsafe if ports[i] == _NO})
         ports = with_outside(unsafe)
     yield ports
