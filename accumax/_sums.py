@@ -164,8 +164,8 @@ class Accumulator:
         factor = self._factor(weight)
 
         def divided(a: jax.Array) -> jax.Array:
-            wide = a.astype(_tree.wide(a.dtype))
-            return wide * factor.astype(wide.dtype) if _is_half(a) else a
+            dtype = _tree.wide(a.dtype)
+            return a.astype(dtype) * factor.astype(dtype) if _is_half(a) else a
 
         return jax.tree.map(divided, grads)
 

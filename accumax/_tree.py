@@ -30,8 +30,12 @@ def _is_none(x: Any) -> bool:
     return x is None
 
 
+def is_unused(x: Any) -> bool:
+    return isinstance(x, Unused)
+
+
 def _is_hole(x: Any) -> bool:
-    return x is None or isinstance(x, Unused)
+    return x is None or is_unused(x)
 
 
 def dtype_of(x: Any) -> Any:
@@ -227,7 +231,7 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
     unused = {
         jax.tree_util.keystr(path)
         for path, x in jax.tree_util.tree_leaves_with_path(expected, is_leaf=_is_hole)
-        if isinstance(x, Unused)
+        if is_unused(x)
     }
     for path, x in live.items():
         if x is None or want.get(path) is not None or path in unused:

@@ -86,6 +86,7 @@ from exchanges import GATHERS, MOVES, REDUCTIONS, Found
 from forms import ADAMW, EVERY, Form
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from programs import bytes_of
 
 import accumax
 
@@ -238,7 +239,7 @@ def compiled(case: Case, model: Model, mesh: Mesh) -> Found:
     )
     step = step.lower(*given, place(batch, P(AXIS))).compile()
     memory: Any = step.memory_analysis()
-    unit = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
+    unit = bytes_of(params)
     return Found(
         memory.argument_size_in_bytes / unit,
         memory.temp_size_in_bytes / unit,

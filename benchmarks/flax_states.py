@@ -131,7 +131,7 @@ def figures(target: str, width: int = 1024) -> dict[str, tuple[float, float, int
     x = place(jax.ShapeDtypeStruct((ROWS, width), jnp.float32))
     found = {}
     params = jax.eval_shape(Linen(width).init, jax.random.key(0), x)["params"]
-    unit = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
+    unit = programs.bytes_of(params)
     for name, (step, state) in steps(width).items():
         jitted = jax.jit(step, donate_argnums=0)
         compiled = jitted.lower(place(state), x).compile()

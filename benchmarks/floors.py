@@ -17,7 +17,7 @@ import optax
 import report
 import zoo
 from devices import Device
-from programs import Compiled, compiled
+from programs import Compiled, bytes_of, compiled
 
 import accumax
 
@@ -36,7 +36,7 @@ def in_refs(loss: Callable[..., jax.Array]) -> forms.Form:
         vjp.with_refs(refs)(jnp.ones_like(value))
         return params, jax.tree.map(jax.freeze, refs), value
 
-    return forms.Form(step, lambda params: jax.tree.map(jnp.zeros_like, params))
+    return forms.Form(step, forms.added(jax.value_and_grad(loss)).init)
 
 
 def floor_temp(model: zoo.Model, on: Device) -> float:
@@ -48,7 +48,7 @@ def floor_temp(model: zoo.Model, on: Device) -> float:
             forms.added(gradient),
             in_refs(loss),
         ]
-    if model.inner is not zoo.ADAMW:  # it may not need all gradients
+    if model.inner is not forms.ADAMW:  # it may not need all gradients
         gradient = jax.value_and_grad(model.loss)
         programs.append(forms.whole(forms.applied(model.inner), gradient))
     temps = []
@@ -115,10 +115,6 @@ def figures(model: zoo.Model, on: Device) -> Figures:
     return Figures(
         found, found[TRAIN].arguments + temp, found[WITHIN].arguments + sums + temp
     )
-
-
-def bytes_of(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def table(on: Device, models: list[zoo.Model]) -> list[report.Bar]:

@@ -42,7 +42,7 @@ def compiled(form: forms.Form, params: Any, x: Any, on: Device) -> Compiled:
     step = forms.jitted(form).lower(place(params), place(state), place(x)).compile()
     seconds, work = time.perf_counter() - start, time.process_time() - work
     memory: Any = step.memory_analysis()
-    unit = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(params))
+    unit = bytes_of(params)
     return Compiled(
         memory.argument_size_in_bytes / unit,
         memory.temp_size_in_bytes / unit,
@@ -51,6 +51,10 @@ def compiled(form: forms.Form, params: Any, x: Any, on: Device) -> Compiled:
         seconds,
         work,
     )
+
+
+def bytes_of(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def compiled_in_turns(

@@ -12,8 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-
-ADAMW = optax.adamw(1e-3)
+from forms import ADAMW
 
 
 @dataclasses.dataclass(frozen=True)

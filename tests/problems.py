@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 PyTree = Any
 ROWS = 24
@@ -28,6 +29,14 @@ def init(dtype: Any = jnp.float32, seed: int = 0) -> PyTree:
         "out": [leaf(4, 2), None],
         "scale": leaf(),
     }
+
+
+# How the parameters may be sharded over a mesh axis "data" of 2 or 4 devices.
+SPECS = {
+    "layer": {"w": P(None, "data"), "b": P("data")},
+    "out": [P("data", None), None],
+    "scale": P(),
+}
 
 
 def data(windows: int, dtype: Any = jnp.float32, rows: int = ROWS) -> list[PyTree]:

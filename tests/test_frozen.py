@@ -10,11 +10,21 @@ import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
 import pytest
+import zoo
 from flax import nnx
 from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import big_batch, data, distance, init, loss_fn, losses, weighted_loss_fn
+from problems import (
+    SPECS,
+    big_batch,
+    data,
+    distance,
+    init,
+    loss_fn,
+    losses,
+    weighted_loss_fn,
+)
 from test_compiled import compiled, memory
 
 import accumax
@@ -124,21 +134,16 @@ def test_a_frozen_parameter_is_not_differentiated():
 def test_devices_have_frozen_parameters_sharded_or_whole(way, how, kind):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(kind,))
     fsdp = how in ("layer by layer", "once")
-    specs = {
-        "layer": {"w": P(None, "data"), "b": P("data")},
-        "out": [P("data", None), None],
-        "scale": P(),
-    }
     batches, inner = data(2, rows=48), PARTLY if way == "partition" else ADAM
     with jax.set_mesh(mesh):
         params = jax.tree.map(
             lambda x, s: jax.device_put(x, NamedSharding(mesh, s if fsdp else P())),
             init(),
-            specs,
+            SPECS,
         )
         if fsdp:
             typed = kind == AxisType.Explicit
-            axis = accumax.FSDP("data", None if typed else specs, once=how == "once")
+            axis = accumax.FSDP("data", None if typed else SPECS, once=how == "once")
         else:
             axis = "data"
         across = {"reduce_axis": axis} if how == "per window" else {}
@@ -152,7 +157,7 @@ def test_devices_have_frozen_parameters_sharded_or_whole(way, how, kind):
         options = {"reduce_axis": axis, "microbatch_size": 8}
         if way == "equinox" and fsdp and axis.specs is not None:
             options["reduce_axis"] = accumax.FSDP(
-                "data", Module(specs), once=how == "once"
+                "data", Module(SPECS), once=how == "once"
             )
         step = jax.jit(accumax.train_step(loss, tx, **options))
         for batch in batches:
@@ -184,13 +189,8 @@ FROZEN_EQX = {
 
 def test_in_a_shard_map_of_ones_own_frozen_shards_are_gathered():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-    specs = {
-        "layer": {"w": P(None, "data"), "b": P("data")},
-        "out": [P("data", None), None],
-        "scale": P(),
-    }
     tx = accumax.accumulate(PARTLY, 1)
-    fsdp = accumax.FSDP("data", specs)
+    fsdp = accumax.FSDP("data", SPECS)
     step = accumax.train_step(loss_fn, tx, microbatch_size=2, reduce_axis=fsdp)
     batch = data(1, rows=48)[0]
 
@@ -199,40 +199,19 @@ def test_in_a_shard_map_of_ones_own_frozen_shards_are_gathered():
         return step(params, tx.init(params), batch)[2]
 
     with jax.set_mesh(mesh):
-        mapped = jax.shard_map(whole, in_specs=(specs, P("data")), out_specs=P())
+        mapped = jax.shard_map(whole, in_specs=(SPECS, P("data")), out_specs=P())
         loss = jax.jit(mapped)(init(), batch)
     assert abs(loss - loss_fn(init(), batch)) < 1e-5
 
 
-def low_rank(params, x):
-    for base, a, b in zip(params["base"], params["a"], params["b"], strict=True):
-        x = jnp.tanh(x @ base + (x @ a) @ b)
-    return jnp.mean(x * x)
-
-
-def scanned_low_rank(params, x):
-    def layer(x, p):
-        return jnp.tanh(x @ p["base"] + (x @ p["a"]) @ p["b"]), None
-
-    return jnp.mean(jax.lax.scan(jax.checkpoint(layer), x, params)[0] ** 2)
-
-
-@pytest.mark.parametrize("loss", [low_rank, scanned_low_rank])
+@pytest.mark.parametrize("name", ["LoRA, one by one", "LoRA, scanned"])
 @pytest.mark.parametrize("form", [forms.APPLY_GRADIENTS, forms.TRAIN_STEP])
-def test_low_ranks_over_a_frozen_base_take_the_memory_of_no_accumulation(form, loss):
-    shapes = {"base": (512, 512), "a": (512, 4), "b": (4, 512)}
-    params = {
-        name: [jax.ShapeDtypeStruct(shape, jnp.float32)] * 8
-        if loss is low_rank
-        else jax.ShapeDtypeStruct((8, *shape), jnp.float32)
-        for name, shape in shapes.items()
-    }
-    inner = partly(optax.adamw(1e-3), {"base": True, "a": False, "b": False})
-    x = jax.ShapeDtypeStruct((16, 512), jnp.float32)
+def test_low_ranks_over_a_frozen_base_take_the_memory_of_no_accumulation(form, name):
+    (model,) = (m for m in zoo.models(width=512, rows=16) if m.name == name)
 
-    def of(name):
-        step, init_state = forms.train_steps(loss, inner=inner)[name]
-        return memory(compiled(step, init_state, params, x))
+    def of(form):
+        step, init_state = forms.train_steps(model.loss, inner=model.inner)[form]
+        return memory(compiled(step, init_state, model.params, model.x))
 
     assert of(form) <= 1.02 * of(forms.PLAIN)
 

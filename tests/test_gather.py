@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from problems import (
+    SPECS,
     big_batch,
     cast,
     data,
@@ -25,11 +26,6 @@ from accumax import FSDP
 
 ROWS = 48
 BATCH = data(1, rows=ROWS)[0]
-SPECS = {
-    "layer": {"w": P(None, "data"), "b": P("data")},
-    "out": [P("data", None), None],
-    "scale": P(),
-}
 HOW = [False, True]  # once
 # The axes along which rows are divided: the parameters are sharded over one of them.
 MESHES = {

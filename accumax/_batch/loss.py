@@ -146,18 +146,23 @@ class Call:
     like: tuple[PyTree, ...] | None = None
 
     @functools.cached_property
+    def _floats(self) -> tuple[PyTree, ...]:
+        return tuple(live_part(self.args[n]) for n in self.argnums)
+
+    @functools.cached_property
     def live(self) -> tuple[PyTree, ...]:
         """The differentiated part of each argument in `argnums`."""
-        parts = tuple(live_part(self.args[n]) for n in self.argnums)
-        return parts if self.like is None else _tree.masked(parts, self.like)
+        return (
+            self._floats if self.like is None else _tree.masked(self._floats, self.like)
+        )
 
     @property
     def frozen(self) -> dict[int, PyTree]:
-        """The other floating-point leaves of these arguments, by position."""
-        if self.like is None:
+        """The other floating-point leaves of these arguments, by position, if any."""
+        others = tuple(map(_tree.others, self._floats, self.live))
+        if not jax.tree.leaves(others):
             return {}
-        pairs = zip(self.argnums, self.live, strict=True)
-        return {n: _tree.others(live_part(self.args[n]), live) for n, live in pairs}
+        return dict(zip(self.argnums, others, strict=True))
 
     @property
     def arrays(self) -> PyTree:

@@ -221,7 +221,7 @@ class PerDevice(Replicated):
         return self.map(on_device, (own, same), specs, specs)
 
     def total(self, sums: T) -> T:
-        return self._reduced(sums, lambda total, _: total, jnp.ones(()))[1]
+        return self._reduced(sums, lambda total: total)[1]
 
     def boundary(
         self,
@@ -240,16 +240,14 @@ class PerDevice(Replicated):
 
         return at_most_once(applies, body, (carry, sums))
 
-    def _reduced(
-        self, sums: T, divide: Callable[[T, jax.Array], T], weight: jax.Array
-    ) -> tuple[T, T]:
-        """Sums over devices; returns the layouts of a state and of a gradient."""
+    def _reduced(self, sums: T, divide: Callable[..., T], *same: Any) -> tuple[T, T]:
+        """`divide(total, *same)`, in the layouts of a state and of a gradient."""
 
-        def reduced(sums: T, weight: jax.Array) -> tuple[T, T]:
-            total = divide(self.sum(sums), weight)
+        def reduced(sums: T, *same: Any) -> tuple[T, T]:
+            total = divide(self.sum(sums), *same)
             return self.vary(total), total
 
-        return self.on_each(reduced, (sums,), (weight,))
+        return self.on_each(reduced, (sums,), same)
 
     def shapes(self, name: str, sums: PyTree) -> PyTree:
         def shape(path: Any, x: Any) -> jax.ShapeDtypeStruct:

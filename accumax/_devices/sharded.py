@@ -108,13 +108,11 @@ class Sharded(Replicated):
         return specs_of(self.cuts[n], x) if n in self.cuts else spec
 
     def zeros(self, init: Callable[[PyTree], PyTree], live: PyTree) -> PyTree:
-        def zero(x: Any, cut: Cut) -> jax.Array:
+        def zero(cut: Cut, x: Any) -> jax.Array:
             shape = x.shape if not self.once else cut.whole(x.shape)
             return jnp.full(shape, _tree.minus_zero(x.dtype), x.dtype)
 
-        shapes = jax.eval_shape(init, live)
-        cuts = _tree.masked(tuple(self.cuts.values()), shapes)
-        return self.vary(jax.tree.map(zero, shapes, cuts))
+        return self.vary(map_cuts(zero, self.cuts, jax.eval_shape(init, live)))
 
     def begin(self, sums: T, zeros: Callable[[], T]) -> tuple[Any, T]:
         if self.once:  # a whole gradient cannot be added to a shard
@@ -123,7 +121,7 @@ class Sharded(Replicated):
         def own(cut: Cut, s: jax.Array) -> jax.Array:
             return on_first(s, cut.rest) if cut.rest else s
 
-        return (), self._each(own, sums)
+        return (), map_cuts(own, self.cuts, sums)
 
     def end(self, held: Any, sums: T) -> T:
         if self.once:
@@ -133,18 +131,18 @@ class Sharded(Replicated):
             return lax.psum(x, cut.rest) if cut.rest else x
 
         with jax.named_scope("accumax.reduce"):
-            sums = self._each(over_rest, sums)
+            sums = map_cuts(over_rest, self.cuts, sums)
         return jax.tree.map(jnp.add, held, sums) if held else sums
 
     def gather_once(self, live: T) -> T:
-        return self._each(Cut.gather, live) if self.once else live
+        return map_cuts(Cut.gather, self.cuts, live) if self.once else live
 
     def gather(self, live: T, i: ArrayLike) -> T:
         if self.once:
             return live
         # The barrier keeps XLA from moving the all-gather out of the loop.
         live, _ = lax.optimization_barrier((live, jnp.asarray(i)))
-        return self._each(Cut.gather, live)
+        return map_cuts(Cut.gather, self.cuts, live)
 
     def scatter(self, grads: T, sums: PyTree, weight: jax.Array) -> tuple[T, jax.Array]:
         if self.once:
@@ -160,17 +158,7 @@ class Sharded(Replicated):
 
     def _scatter(self, grads: T) -> T:
         with jax.named_scope("accumax.reduce"):
-            return self._each(Cut.scatter, grads)
-
-    def _each(self, fun: Callable[[Cut, jax.Array], jax.Array], trees: T) -> T:
-        """Maps `fun(cut, leaf)` over `trees`: a dict by position, or its values."""
-        by_position = isinstance(trees, dict)
-        cuts = (
-            {n: self.cuts[n] for n in trees}
-            if by_position
-            else tuple(self.cuts.values())
-        )
-        return jax.tree.map(fun, _tree.masked(cuts, trees), trees)
+            return map_cuts(Cut.scatter, self.cuts, grads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,8 +206,19 @@ class ByCompiler(Devices):
             sharding = NamedSharding(mesh, PartitionSpec(*free))
             return lax.with_sharding_constraint(x, sharding)
 
-        cuts = _tree.masked(tuple(self.cuts.values()), tree)
-        return jax.tree.map(place, cuts, tree)
+        return map_cuts(place, self.cuts, tree)
+
+
+def map_cuts(
+    fun: Callable[[Cut, Any], Any], cuts: dict[int, PyTree], trees: Any
+) -> Any:
+    """Maps `fun(cut, leaf)` over `trees`: a dict by position, or its values.
+
+    `trees` may lack leaves that have a cut.
+    """
+    by_position = isinstance(trees, dict)
+    like = {n: cuts[n] for n in trees} if by_position else tuple(cuts.values())
+    return jax.tree.map(fun, _tree.masked(like, trees), trees)
 
 
 def cuts_of(axes: Axes, params: PyTree, specs: PyTree) -> PyTree:

@@ -37,12 +37,9 @@ def update(
     seen = window.devices.as_replicated(grads)  # the type that `inner` sees
     # As for the big batch: the dtypes that `inner` returns for such gradients.
     window.inner.check_state(state.inner_opt_state, seen if params is None else params)
-    window.inner.check_unused(
-        sums.grads, seen, state.inner_opt_state, params, extra_args | sums.args
-    )
-    like = window.inner.emits(
-        seen, state.inner_opt_state, params, extra_args | sums.args
-    )
+    call = seen, state.inner_opt_state, params, extra_args | sums.args
+    window.inner.check_unused(sums.grads, *call)
+    like = window.inner.emits(*call)
 
     def emit(operand: Any) -> Any:
         sums, inner_state, params = operand
@@ -93,9 +90,8 @@ def close(
     averaged = window.accumulator.averaged_args
     window.inner.check_used(seen, state.inner_opt_state, live, extra_args, averaged)
     window.inner.check_state(state.inner_opt_state, live)
-    window.inner.check_unused(
-        sums.grads, seen, state.inner_opt_state, live, extra_args | sums.args
-    )
+    call = seen, state.inner_opt_state, live, extra_args | sums.args
+    window.inner.check_unused(sums.grads, *call)
     # As for the big batch: the dtypes that `inner` returns for such gradients. If the
     # mean has their dtypes, so do the updates, and `inner` need not be traced twice.
     pairs = zip(
@@ -105,9 +101,7 @@ def close(
     )
     like = None
     if any(_tree.wide(total.dtype) != x.dtype for total, x in pairs):
-        like = window.inner.emits(
-            seen, state.inner_opt_state, live, extra_args | sums.args
-        )
+        like = window.inner.emits(*call)
 
     accumulator, weight = window.accumulator, sums.weight
 

@@ -1,5 +1,6 @@
 """The transformation inside an `accumulate`: its state and extra arguments."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,10 +40,7 @@ class Inner(NamedTuple):
         extra_args: dict[str, Any],
     ) -> PyTree:
         """Returns the shapes and dtypes of the updates for gradients like `grads`."""
-
-        def updates(grads: PyTree, inner_state: Any, params: PyTree) -> Any:
-            return self.update(grads, inner_state, params, **extra_args)
-
+        updates = functools.partial(self.update, **extra_args)
         new_updates, new_state = jax.eval_shape(updates, grads, inner_state, params)
         check_kept(inner_state, new_state)
         return new_updates
@@ -120,12 +118,8 @@ class Inner(NamedTuple):
         """
         if not any(map(_is_masked, jax.tree.leaves(state, is_leaf=_is_masked))):
             return grads
-
-        def updates(grads: PyTree, state: PyTree, params: PyTree) -> Any:
-            return self.update(grads, state, params)
-
         try:
-            unused = unused_leaves(updates, grads, state, params)
+            unused = unused_leaves(self.update, grads, state, params)
         except Exception:  # `init` must not fail where a later `update` would not
             return grads
         leaves, structure = jax.tree.flatten(grads)
@@ -147,17 +141,14 @@ class Inner(NamedTuple):
         Raises:
           TypeError: one is used.
         """
-        leaves = jax.tree.leaves(sums, is_leaf=lambda x: isinstance(x, _tree.Unused))
-        if not any(isinstance(x, _tree.Unused) for x in leaves):
+        leaves = jax.tree.leaves(sums, is_leaf=_tree.is_unused)
+        if not any(map(_tree.is_unused, leaves)):
             return
-
-        def updates(grads: PyTree, state: PyTree, params: PyTree) -> Any:
-            return self.update(grads, state, params, **extra_args)
-
+        updates = functools.partial(self.update, **extra_args)
         unused = unused_leaves(updates, grads, state, params)
         paths = jax.tree_util.tree_leaves_with_path(grads)
         for total, (path, _), is_unused in zip(leaves, paths, unused, strict=True):
-            if isinstance(total, _tree.Unused) and not is_unused:
+            if _tree.is_unused(total) and not is_unused:
                 name = jax.tree_util.keystr(path)
                 raise TypeError(
                     f"The inner transformation uses the gradient{name}, but not as "

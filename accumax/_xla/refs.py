@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from .._tree import strong
 from .._types import PyTree
@@ -27,8 +27,9 @@ T = TypeVar("T")
 _HOLE = object()  # stands for an array
 
 # Through which port a gradient leaves: none; one at each place where the parameter is
-# used, if a scan reads it; or one before all places.
-_NO, _INSIDE, _OUTSIDE = "no port", "inside", "outside"
+# used, if a scan reads it; or one before all places. In a question about the loss, a
+# parameter with a port before all places is a value, in which no chain begins.
+_NO, _INSIDE, _OUTSIDE, _VALUE = "no port", "inside", "outside", "a value"
 
 # Whether this JAX adds gradients into the wrong refs; see `unsafe_refs`.
 _MISPLACES = jax.__version_info__ < (0, 11)
@@ -47,9 +48,9 @@ def add_backward(
     no gradient tree exists. The twin that carries the tree is `jax.vjp` and
     `Accumulator.add`.
 
-    A cast of stacked parameters is moved into the scan that
-    reads them (`chains.run`), and so is the port of a parameter whose accumulator has
-    another dtype: only one layer's gradient exists in the parameter's dtype.
+    A cast of stacked parameters is moved into the scan that reads them (`chains.run`),
+    and so is the port of a parameter whose accumulator has another dtype: only one
+    layer's gradient exists in the parameter's dtype.
 
     JAX cannot differentiate every loss into refs: before 0.12 it fails if the loss
     slices a parameter, in 0.12 if the loss calls `lax.optimization_barrier`. After a
@@ -84,8 +85,8 @@ def add_backward(
                 if attempt is None:
                     break
                 of_leaves, ports, unless = attempt
-                run_it = functools.partial(_add_backward, of_leaves, ports)
-                out = _run_isolated(run_it, params, sums, first, taken, unless=unless)
+                add = functools.partial(_add_backward, of_leaves, ports)
+                out = _run_isolated(add, params, sums, first, taken, unless=unless)
                 if out is not None:
                     return out
             except Exception as error:  # an error of `fun` itself is raised again below
@@ -102,14 +103,9 @@ def add_backward(
     return out
 
 
-def _never(jaxpr: Any) -> bool:
-    del jaxpr
-    return False
-
-
 def _attempts(
     fun: Callable[[PyTree], Any], params: PyTree, sums: PyTree
-) -> Iterator[tuple[Callable[..., Any], list[str], Callable[[Any], bool]]]:
+) -> Iterator[tuple[Callable[..., Any], list[str], Callable[[Any], bool] | None]]:
     """Yields what to try: the loss, a port for each leaf, and what refuses the program.
 
     The first attempt traces the loss once. It is refused if a cast could move.
@@ -119,7 +115,7 @@ def _attempts(
         yield _of_leaves(fun, params), ports, lambda x: may_move(x, len(ports))
     traced = _traced(fun, params)
     for ports in _ports(traced, params, sums):
-        yield traced, ports, _never
+        yield traced, ports, None
 
 
 def _of_leaves(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., Any]:
@@ -130,13 +126,7 @@ def _of_leaves(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., An
 
 def _traced(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., Any]:
     """As `_of_leaves`, with chains moved into scans."""
-    static: list[Any] = []
-
-    def arrays(params: PyTree) -> list[jax.Array]:
-        found, *static[:] = _split_arrays(fun(params))
-        return found
-
-    program = jax.make_jaxpr(arrays)(params)
+    program, join = _program(fun, params)
     as_it_is = _of_leaves(fun, params)
 
     def of_leaves(leaves: list[Any]) -> Any:
@@ -144,7 +134,7 @@ def _traced(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., Any]:
         # differentiates what is jitted in it, such as a matmul, once for all layers.
         if not moves(program, leaves):
             return as_it_is(leaves)
-        return _join_arrays(run(program, leaves), *static)
+        return join(run(program, leaves))
 
     return of_leaves
 
@@ -158,6 +148,8 @@ def _through(
     """Calls `fun`; the gradients of `leaves` leave through `variables`."""
 
     def argument(p: jax.Array, v: jax.Array, port: str) -> jax.Array | Chain:
+        if port == _VALUE:
+            return v
         if port == _OUTSIDE:
             return _port(p, v)
         return Chain((v,)) if port == _NO else Chain((p, v), _port)
@@ -174,7 +166,7 @@ def _variables(
     """
 
     def variable(p: jax.Array, s: jax.Array, port: str) -> jax.Array:
-        return p if port == _NO else typed_like(jnp.zeros_like(s), s)
+        return p if port in (_NO, _VALUE) else typed_like(jnp.zeros_like(s), s)
 
     return list(map(variable, leaves, sums, ports))
 
@@ -252,11 +244,27 @@ _port.defvjp(_port_fwd, _port_bwd)
 
 
 def _run_isolated(
-    fun: Callable[..., Any], *args: Any, unless: Callable[[Any], bool]
+    fun: Callable[..., Any], *args: Any, unless: Callable[[Any], bool] | None
 ) -> Any:
     """Runs `fun(*args)`; a failure leaves nothing behind in the caller's trace.
 
     Returns None if `unless(jaxpr)` of it is true.
+    """
+    program, join = _program(fun, *args)
+    if unless is not None and unless(program.jaxpr):
+        return None
+    operands = jax.tree.leaves(args)
+    if hands_on_refs(program.jaxpr):
+        _forbid_vmap(_tracers((operands, program.consts)))
+    return join(jaxpr_as_fun(program)(*operands))
+
+
+def _program(
+    fun: Callable[..., Any], *args: Any
+) -> tuple[ClosedJaxpr, Callable[[list[jax.Array]], Any]]:
+    """Traces `fun(*args)`: its jaxpr, and from the jaxpr's results to those of `fun`.
+
+    Unlike `jax.make_jaxpr`, it takes a `fun` that returns other leaves than arrays.
     """
     static: list[Any] = []
 
@@ -265,12 +273,7 @@ def _run_isolated(
         return found
 
     program = jax.make_jaxpr(arrays)(*args)
-    if unless(program.jaxpr):
-        return None
-    operands = jax.tree.leaves(args)
-    if hands_on_refs(program.jaxpr):
-        _forbid_vmap(_tracers((operands, program.consts)))
-    return _join_arrays(jaxpr_as_fun(program)(*operands), *static)
+    return program, lambda found: _join_arrays(found, *static)
 
 
 def _split_arrays(tree: PyTree) -> tuple[list[jax.Array], Any, list[Any]]:
@@ -352,17 +355,9 @@ def _ports(
 
     def found(ask: Callable[[Any], set[int]]) -> set[int]:
         """Asks the linear program; leaves with a port outside are variables in it."""
-
-        def loss(variables: list[jax.Array]) -> Any:
-            def argument(p: jax.Array, v: jax.Array, port: str) -> jax.Array | Chain:
-                if port == _OUTSIDE:
-                    return v
-                return Chain((v,)) if port == _NO else Chain((p, v), _port)
-
-            return fun(list(map(argument, leaves, variables, ports)))
-
-        inside = [_INSIDE if port == _INSIDE else _NO for port in ports]
-        return of_linear_program(ask, loss, _variables(inside, leaves, totals))
+        asked = [_VALUE if port == _OUTSIDE else port for port in ports]
+        loss = functools.partial(_through, fun, asked, leaves)
+        return of_linear_program(ask, loss, _variables(asked, leaves, totals))
 
     def outside() -> set[int]:
         return {i for i, port in enumerate(ports) if port == _OUTSIDE}
