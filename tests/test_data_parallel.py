@@ -63,14 +63,15 @@ class Printed(NamedTuple):
 
 def run(*starts):
     """What processes print that are started so: (flags, environment) of each."""
-    left_out = {"XLA_FLAGS", "JAX_NUM_CPU_DEVICES"}  # those of the tests
     clean = {
         name: value
         for name, value in os.environ.items()
         # gRPC would ask a proxy for the coordinator.
-        if name not in left_out and not name.lower().endswith("_proxy")
+        if name != "JAX_NUM_CPU_DEVICES" and not name.lower().endswith("_proxy")
     }
-    clean["JAX_PLATFORMS"] = "cpu"
+    # Compiled fast, as the tests are, but on as many devices as the example takes.
+    flags = [x for x in os.environ["XLA_FLAGS"].split() if "device_count" not in x]
+    clean |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join(flags)}
     clean["PYTHONPATH"] = os.pathsep.join([str(ROOT), clean.get("PYTHONPATH", "")])
     command = [sys.executable, str(ROOT / "examples/data_parallel.py"), *FLAGS.split()]
     running, end = [], time.monotonic() + PATIENCE
@@ -117,7 +118,7 @@ def two():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    count = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    count = {"JAX_NUM_CPU_DEVICES": "4"}
     job = {
         "JAX_COORDINATOR_PORT": port,
         "SLURM_JOB_ID": "1",
