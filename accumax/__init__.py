@@ -11,6 +11,7 @@ from ._train_step import apply_gradients as apply_gradients
 from ._train_step import train_step as train_step
 from ._value_and_grad import grad as grad
 from ._value_and_grad import value_and_grad as value_and_grad
+from ._window.measure import noise_scale as noise_scale
 from ._window.state import AccumulateState as AccumulateState
 
 __version__ = "0.1.0"

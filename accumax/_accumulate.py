@@ -17,6 +17,7 @@ from ._window import boundary
 from ._window.boundary import is_accumulate, window_of
 from ._window.checks import check_length
 from ._window.inner import inner_of
+from ._window.measure import Measure, check_decay
 from ._window.state import AccumulateState, is_state
 from ._window.window import Window
 
@@ -30,6 +31,8 @@ def accumulate(
     nonfinite: NonFinite = "propagate",
     averaged_args: tuple[str, ...] = (),
     reduce_axis: AxisNames | DataParallel | None = None,
+    track_norm: bool = False,
+    track_noise: bool | float = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates gradients over `every` calls, then runs `inner` once on their mean.
 
@@ -83,6 +86,12 @@ def accumulate(
         `accumax.apply_gradients` within a `jax.shard_map` over these axes, with the
         gradient, weight and averaged arguments of each device, and replicated
         parameters. Static.
+      track_norm: keep the norm of the window's gradient in the state, `grad_norm`, as
+        `inner` saw it. Static.
+      track_noise: keep what `accumax.noise_scale` needs in the state: four scalars, and
+        two more reads of the sum in a window. A float is the decay of its averages
+        over windows, by default 0.99. With `reduce_axis`, the devices must have about
+        equal weights. Static.
 
     Returns:
       A transformation whose state is an `AccumulateState`. A window whose weights sum
@@ -120,18 +129,22 @@ def accumulate(
             f"inner={inner!r} must be an optax.GradientTransformation, such as "
             f"optax.adamw(3e-4).{hint}"
         )
+    arithmetic = accumulator(
+        reduction=reduction,
+        dtype=accumulator_dtype,
+        nonfinite=nonfinite,
+        averaged_args=averaged_args,
+    )
     window = Window(
         inner=inner_of(inner),
         every=_check_every(every),
-        accumulator=accumulator(
-            reduction=reduction,
-            dtype=accumulator_dtype,
-            nonfinite=nonfinite,
-            averaged_args=averaged_args,
-        ),
+        accumulator=arithmetic,
         devices=check_window_axis(reduce_axis),
+        measure=Measure(arithmetic, track_norm, check_decay(track_noise)),
     )
-    return _Accumulate(window.init, functools.partial(boundary.update, window))
+    init: Any = window.init  # Optax's types know no None in a state
+    update: Any = functools.partial(boundary.update, window)
+    return _Accumulate(init, update)
 
 
 class _Accumulate(optax.GradientTransformationExtraArgs):

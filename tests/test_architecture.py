@@ -112,6 +112,7 @@ def test_index_is_what_the_design_names():
         "grad",
         "has_updated",
         "microbatch",
+        "noise_scale",
         "train_step",
         "value_and_grad",
     }

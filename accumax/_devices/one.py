@@ -28,6 +28,8 @@ class Devices:
       needs_rows: whether each call must name the arguments that hold rows, because
         devices divide the rows.
       in_place: whether a backward pass may add into the sums of a device in place.
+      count: the number of devices.
+      parts: the number of sums that a window has, one for each device or one for all.
     """
 
     @property
@@ -37,6 +39,7 @@ class Devices:
     needs_rows = False
     in_place = True
     count = 1
+    parts = 1
 
     @property
     def divides(self) -> int:

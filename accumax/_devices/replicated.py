@@ -144,6 +144,10 @@ class PerDevice(Replicated):
     """
 
     @property
+    def parts(self) -> int:
+        return self.count
+
+    @property
     def sums(self) -> Any:
         return self.axes.rows
 

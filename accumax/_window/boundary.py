@@ -12,6 +12,7 @@ from .. import _tree
 from .._sums import Sums, divides
 from .._types import ArrayLike, PyTree
 from .checks import check_flush
+from .measure import square_of
 from .state import AccumulateState, Progress, gradient_of
 from .window import Window
 
@@ -32,6 +33,7 @@ def update(
         window.check(state, params=params)
     flush = check_flush(flush)
     sums, progress = window.add(state, updates, weight, flush, extra_args)
+    measure, devices = window.measure, window.devices
     params = window.seen(state, params)
     grads = _tree.seen(updates, sums.grads)
     seen = window.devices.as_replicated(grads)  # the type that `inner` sees
@@ -45,21 +47,25 @@ def update(
         sums, inner_state, params = operand
         sums = sums._replace(grads=window.devices.total(sums.grads))
         mean, means = window.accumulator.result(sums)
+        square = square_of(mean) if measure.names else None
         emitted, inner_state = window.run(
             mean, seen, inner_state, params, extra_args | means
         )
-        return _tree.cast_like(emitted, like), inner_state
+        return _tree.cast_like(emitted, like), inner_state, square
 
     def hold(operand: Any) -> Any:
-        return _tree.minus_zeros_like(like), operand[1]
+        square = square_of(()) if measure.names else None
+        return _tree.minus_zeros_like(like), operand[1], square
 
     applies = progress.closes & divides(sums.weight)
+    noise = measure.small_batch(state, sums, applies, devices)
     operand = (sums, state.inner_opt_state, params)
     with jax.named_scope("accumax.boundary"):
-        emitted, inner_state = lax.cond(applies, emit, hold, operand)
+        emitted, inner_state, square = lax.cond(applies, emit, hold, operand)
     if jax.tree.structure(emitted) == jax.tree.structure(grads):
         emitted = _tree.restore(emitted, updates)
-    return emitted, window.next(state, sums, inner_state, progress, applies)
+    measures = measure.measured(state, sums, noise, applies, devices, square)
+    return emitted, window.next(state, sums, inner_state, progress, applies, measures)
 
 
 def flush(
@@ -114,13 +120,16 @@ def close(
         return optax.apply_updates(params, updates), inner_state
 
     applies = progress.closes & divides(sums.weight)
+    measure, devices = window.measure, window.devices
+    noise = measure.small_batch(state, sums, applies, devices)
     carry = live, state.inner_opt_state
     with jax.named_scope("accumax.boundary"):
         (live, inner_state), grads = window.devices.boundary(
             applies, accumulator.divide_in_place, apply, carry, sums.grads, weight
         )
     sums = sums._replace(grads=grads)
-    new_state = window.next(state, sums, inner_state, progress, applies)
+    measures = measure.measured(state, sums, noise, applies, devices)
+    new_state = window.next(state, sums, inner_state, progress, applies, measures)
     return _tree.restore(live, params), new_state
 
 

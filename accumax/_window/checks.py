@@ -81,8 +81,13 @@ def check_averaged(name: str, extra_args: dict[str, Any]) -> None:
         )
 
 
-def check_state(state: Any, averaged_args: tuple[str, ...]) -> None:
-    """Checks that `state` is of an `accumulate` with these `averaged_args`."""
+def check_state(
+    state: Any, averaged_args: tuple[str, ...], measures: tuple[str, ...]
+) -> None:
+    """Checks that `state` is of an `accumulate` with these `averaged_args`.
+
+    `measures` are those of its fields that the accumulate keeps, such as "noise".
+    """
     if not is_state(state):
         hint = "Pass what init of this accumulate returned, or its last update."
         if isinstance(state, optax.MultiStepsState):
@@ -99,3 +104,11 @@ def check_state(state: Any, averaged_args: tuple[str, ...]) -> None:
             f"has averaged_args={averaged_args}. Pass a state that its init gave, or "
             "the averaged_args that the state was made with."
         )
+    for name, option in (("grad_norm", "track_norm"), ("noise", "track_noise")):
+        if (name in measures) != (getattr(state, name) is not None):
+            has = "has none" if name in measures else "has one"
+            raise TypeError(
+                f"This accumulate has {option}={name in measures}, and the state {has} "
+                f"in its {name}. Pass a state that its init gave, or put its {name} "
+                "into yours: state._replace(...)."
+            )

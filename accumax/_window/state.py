@@ -8,6 +8,23 @@ import optax
 from .._types import PyTree
 
 
+class Noise(NamedTuple):
+    """The sums from which `accumax.noise_scale` is computed, () float each.
+
+    Attributes:
+      small_square: the squared norm of the sum of a part of the window: of its first
+        call, or of one device.
+      small_weight: the weight of this part.
+      signal: the squared norm of the true gradient, an average over windows.
+      spread: the trace of the covariance of the gradient of one item, an average.
+    """
+
+    small_square: jax.Array
+    small_weight: jax.Array
+    signal: jax.Array
+    spread: jax.Array
+
+
 class AccumulateState(NamedTuple):
     """State of `accumulate`: arrays only, so it can be saved, donated and sharded.
 
@@ -21,10 +38,14 @@ class AccumulateState(NamedTuple):
         With a `reduce_axis`, a first axis has the sum of each device.
         An `Unused()` stands for a gradient that the transformation does not use.
       acc_weight: () float, the open window's sum of weights; 0 if no window is open.
-      acc_args: the open window's weighted sums of `averaged_args`, () float each.
+      acc_args: the open window's weighted sums of `averaged_args`, () float each. While
+        no window is open, the weighted means of the window that closed last.
       emitted: () bool, whether the latest call applied an update; see `has_updated`.
       skipped: () int32, the calls so far whose gradient or weight was refused, and the
         windows that were lost because their weights cannot divide.
+      grad_norm: () float, the norm of the gradient of the last applied window, as the
+        wrapped transformation saw it; None without `track_norm`.
+      noise: what `accumax.noise_scale` reads; None without `track_noise`.
 
     The counts stop at the largest int32 and never overflow.
     """
@@ -37,6 +58,8 @@ class AccumulateState(NamedTuple):
     acc_args: dict[str, jax.Array]
     emitted: jax.Array
     skipped: jax.Array
+    grad_norm: jax.Array | None = None
+    noise: Noise | None = None
 
 
 class Progress(NamedTuple):

@@ -15,6 +15,7 @@ from .._types import ArrayLike, PyTree, Schedule
 from .._xla.varying import zeros
 from .checks import check_averaged, check_length, check_state
 from .inner import Inner, check_kept
+from .measure import Measure, Measures
 from .state import AccumulateState, Progress, gradient_of
 
 
@@ -26,6 +27,7 @@ class Window:
     every: ArrayLike | Schedule
     accumulator: Accumulator
     devices: Devices  # where the sums of an open window are
+    measure: Measure
 
     def init(self, params: PyTree) -> AccumulateState:
         _tree.check_parameters("params", params)
@@ -44,6 +46,7 @@ class Window:
             acc_args=sums.args,
             emitted=jnp.zeros((), jnp.bool_),
             skipped=jnp.zeros((), jnp.int32),
+            **self.measure.init()._asdict(),
         )
 
     def add(
@@ -161,20 +164,26 @@ class Window:
         inner_state: Any,
         progress: Progress,
         applies: jax.Array,
+        measures: Measures,
     ) -> AccumulateState:
         step = state.gradient_step
         # A window whose weights are too large to divide by is lost and counted.
         lost = progress.closes & ~applies & (sums.weight > 0)
         skipped = progress.skipped
+        means = self.accumulator.means(sums)
         return AccumulateState(
             mini_step=jnp.where(progress.closes, 0, progress.mini_step),
             gradient_step=jnp.where(applies, optax.safe_increment(step), step),
             inner_opt_state=inner_state,
             acc_grads=sums.grads,  # not reset: the next window overwrites it
             acc_weight=jnp.where(progress.closes, 0, sums.weight),
-            acc_args=sums.args,
+            acc_args={
+                name: jnp.where(progress.closes, means[name], value)
+                for name, value in sums.args.items()
+            },
             emitted=applies,
             skipped=jnp.where(lost, optax.safe_increment(skipped), skipped),
+            **measures._asdict(),
         )
 
     def check(
@@ -185,7 +194,7 @@ class Window:
         `trees` are parameters or gradients, by their names for an error message.
         """
         names = self.accumulator.averaged_args
-        check_state(state, names)
+        check_state(state, names, self.measure.names)
         like = self.devices.shapes("state.acc_grads", state.acc_grads) if trees else ()
         for name, tree in trees.items():
             _tree.check_like(name, gradient_of(tree), like, "state.acc_grads")
