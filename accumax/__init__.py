@@ -4,6 +4,7 @@ from ._accumulate import accumulate as accumulate
 from ._accumulate import flush as flush
 from ._accumulate import has_updated as has_updated
 from ._compiled.audit import audit as audit
+from ._compiled.plan import plan as plan
 from ._devices.replicated import DataParallel as DataParallel
 from ._devices.sharded import FSDP as FSDP
 from ._microbatch import microbatch as microbatch

@@ -86,8 +86,8 @@ def accumulate(
         `accumax.apply_gradients` within a `jax.shard_map` over these axes, with the
         gradient, weight and averaged arguments of each device, and replicated
         parameters. Static.
-      track_norm: keep the norm of the window's gradient in the state, `grad_norm`, as
-        `inner` saw it. Static.
+      track_norm: keep the norm of the window's gradient, as `inner` saw it, in the
+        state: `opt_state.acc_args["grad_norm"]`. Static.
       track_noise: keep what `accumax.noise_scale` needs in the state: four scalars, and
         two more reads of the sum in a window. A float is the decay of its averages
         over windows, by default 0.99. With `reduce_axis`, the devices must have about

@@ -327,9 +327,10 @@ SCRIPT = """
 import jax, jax.numpy as jnp
 
 def make():
-    return jnp.sin, jax.ShapeDtypeStruct((4, 4), jnp.float32)
+    return jnp.sin, (jax.ShapeDtypeStruct((4, 4), jnp.float32),)
 
-lowered = jax.jit(jnp.cos).lower(1.0)
+def lowered():
+    return jax.jit(jnp.cos).lower(1.0)
 """
 
 

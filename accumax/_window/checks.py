@@ -86,7 +86,7 @@ def check_state(
 ) -> None:
     """Checks that `state` is of an `accumulate` with these `averaged_args`.
 
-    `measures` are those of its fields that the accumulate keeps, such as "noise".
+    `measures` are what it keeps beside them, such as "noise".
     """
     if not is_state(state):
         hint = "Pass what init of this accumulate returned, or its last update."
@@ -98,17 +98,17 @@ def check_state(
         raise TypeError(
             f"state is a {type(state).__name__}, not an AccumulateState. {hint}"
         )
-    if set(averaged_args) != set(state.acc_args):
+    for name, option in (("grad_norm", "track_norm"), ("noise", "track_noise")):
+        if (name in measures) != (name in state.acc_args):
+            has = "has none" if name in measures else "has one"
+            raise TypeError(
+                f"This accumulate has {option}={name in measures}, and the state "
+                f'{has}: acc_args["{name}"]. Pass a state that its init gave, or '
+                "change yours to be as there: state._replace(acc_args=...)."
+            )
+    if {*averaged_args, *measures} != set(state.acc_args):
         raise TypeError(
             f"state.acc_args holds {sorted(state.acc_args)}, but this accumulate "
             f"has averaged_args={averaged_args}. Pass a state that its init gave, or "
             "the averaged_args that the state was made with."
         )
-    for name, option in (("grad_norm", "track_norm"), ("noise", "track_noise")):
-        if (name in measures) != (getattr(state, name) is not None):
-            has = "has none" if name in measures else "has one"
-            raise TypeError(
-                f"This accumulate has {option}={name in measures}, and the state {has} "
-                f"in its {name}. Pass a state that its init gave, or put its {name} "
-                "into yours: state._replace(...)."
-            )

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,7 @@ from .._types import PyTree
 from .._xla.loops import at_most_once
 from .state import AccumulateState, Noise, is_state
 
-
-class Measures(NamedTuple):
-    """The measures in a state; each is None if it was not asked for."""
-
-    grad_norm: jax.Array | None
-    noise: Noise | None
+NAMES = NORM, NOISE = "grad_norm", "noise"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,18 +33,15 @@ class Measure:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The fields of a state that hold a measure."""
-        found = {"grad_norm": self.norm, "noise": self.decay is not None}
-        return tuple(name for name, wanted in found.items() if wanted)
+        """The names of the measures in a state's `acc_args`."""
+        return NAMES[not self.norm : 1 + (self.decay is not None)]
 
-    def init(self) -> Measures:
+    def init(self) -> dict[str, Any]:
         def scalar() -> jax.Array:  # a new array each time: no buffer is donated twice
             return jnp.zeros((), float)
 
-        noise = Noise(*(scalar() for _ in Noise._fields))
-        return Measures(
-            scalar() if self.norm else None, None if self.decay is None else noise
-        )
+        found = {NORM: scalar(), NOISE: Noise(*(scalar() for _ in Noise._fields))}
+        return {name: found[name] for name in self.names}
 
     def small_batch(
         self,
@@ -64,7 +56,7 @@ class Measure:
         closes the window. On one device it is the first call, after which `measured`
         has read the sum.
         """
-        noise = state.noise
+        noise = state.acc_args.get(NOISE)
         if noise is None:
             return None
         if devices.parts == 1:
@@ -84,7 +76,7 @@ class Measure:
         applies: jax.Array,
         devices: Devices,
         square: jax.Array | None = None,
-    ) -> Measures:
+    ) -> dict[str, Any]:
         """Measures a window at the end of a call, if it has closed or has just opened.
 
         Args:
@@ -97,7 +89,7 @@ class Measure:
             transformation saw; None to read it from `sums`.
         """
         if not self.names:
-            return Measures(None, None)
+            return {}
         opens = (state.acc_weight == 0) & (sums.weight > 0) & ~applies
         reads = opens if noise is not None and devices.parts == 1 else jnp.bool_(False)
         weight = jnp.where(applies, sums.weight, 1)
@@ -111,16 +103,16 @@ class Measure:
         old = jnp.zeros((), jnp.float32) if square is None else square
         reads = reads | applies if square is None else reads
         square = _read(reads, mean_square, (sums.grads, weight), old, devices)
-        norm = state.grad_norm
-        if norm is not None:
-            norm = jnp.where(applies, jnp.sqrt(square), norm).astype(norm.dtype)
+        found: dict[str, Any] = {}
+        if self.norm:
+            found[NORM] = _pick(applies, jnp.sqrt(square), state.acc_args[NORM])
         if noise is not None:
             first = noise._replace(small_square=square, small_weight=sums.weight)
             if devices.parts == 1:
                 pairs = zip(first, noise, strict=True)
                 noise = Noise(*(_pick(opens, new, old) for new, old in pairs))
-            noise = self._averaged(noise, square, sums.weight, applies)
-        return Measures(norm, noise)
+            found[NOISE] = self._averaged(noise, square, sums.weight, applies)
+        return found
 
     def _averaged(
         self, noise: Noise, square: jax.Array, weight: jax.Array, applies: jax.Array
@@ -237,8 +229,8 @@ def noise_scale(opt_state: Any) -> jax.Array:
       its end, or of each device's own sum, so no gradient tree is needed.
     """
     for state in filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)):
-        if state.noise is not None:
-            noise = state.noise
+        if NOISE in state.acc_args:
+            noise = state.acc_args[NOISE]
             seen = (noise.spread != 0) | (noise.signal != 0)
             return jnp.where(seen, noise.spread / noise.signal, jnp.nan)
     raise TypeError(

@@ -38,14 +38,14 @@ class AccumulateState(NamedTuple):
         With a `reduce_axis`, a first axis has the sum of each device.
         An `Unused()` stands for a gradient that the transformation does not use.
       acc_weight: () float, the open window's sum of weights; 0 if no window is open.
-      acc_args: the open window's weighted sums of `averaged_args`, () float each. While
-        no window is open, the weighted means of the window that closed last.
+      acc_args: the numbers of a window, by name. For each of `averaged_args` the open
+        window's weighted sum, () float; while no window is open, the weighted mean of
+        the window that closed last. With `track_norm` "grad_norm", () float: the norm
+        of the gradient of the last applied window, as the wrapped transformation saw
+        it. With `track_noise` "noise", which `accumax.noise_scale` reads.
       emitted: () bool, whether the latest call applied an update; see `has_updated`.
       skipped: () int32, the calls so far whose gradient or weight was refused, and the
         windows that were lost because their weights cannot divide.
-      grad_norm: () float, the norm of the gradient of the last applied window, as the
-        wrapped transformation saw it; None without `track_norm`.
-      noise: what `accumax.noise_scale` reads; None without `track_noise`.
 
     The counts stop at the largest int32 and never overflow.
     """
@@ -55,11 +55,9 @@ class AccumulateState(NamedTuple):
     inner_opt_state: Any
     acc_grads: PyTree
     acc_weight: jax.Array
-    acc_args: dict[str, jax.Array]
+    acc_args: dict[str, Any]
     emitted: jax.Array
     skipped: jax.Array
-    grad_norm: jax.Array | None = None
-    noise: Noise | None = None
 
 
 class Progress(NamedTuple):

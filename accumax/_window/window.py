@@ -15,7 +15,7 @@ from .._types import ArrayLike, PyTree, Schedule
 from .._xla.varying import zeros
 from .checks import check_averaged, check_length, check_state
 from .inner import Inner, check_kept
-from .measure import Measure, Measures
+from .measure import Measure
 from .state import AccumulateState, Progress, gradient_of
 
 
@@ -43,10 +43,9 @@ class Window:
                 lambda grads: self.accumulator.init(grads).grads, grads
             ),
             acc_weight=sums.weight,
-            acc_args=sums.args,
+            acc_args=sums.args | self.measure.init(),
             emitted=jnp.zeros((), jnp.bool_),
             skipped=jnp.zeros((), jnp.int32),
-            **self.measure.init()._asdict(),
         )
 
     def add(
@@ -91,7 +90,8 @@ class Window:
 
     def sums(self, state: AccumulateState) -> Sums:
         """Returns the sums of the open window, in the layout of the state."""
-        return Sums(state.acc_grads, state.acc_weight, state.acc_args)
+        args = {name: state.acc_args[name] for name in self.accumulator.averaged_args}
+        return Sums(state.acc_grads, state.acc_weight, args)
 
     def add_on_devices(
         self,
@@ -164,7 +164,7 @@ class Window:
         inner_state: Any,
         progress: Progress,
         applies: jax.Array,
-        measures: Measures,
+        measures: dict[str, Any],
     ) -> AccumulateState:
         step = state.gradient_step
         # A window whose weights are too large to divide by is lost and counted.
@@ -180,10 +180,10 @@ class Window:
             acc_args={
                 name: jnp.where(progress.closes, means[name], value)
                 for name, value in sums.args.items()
-            },
+            }
+            | measures,
             emitted=applies,
             skipped=jnp.where(lost, optax.safe_increment(skipped), skipped),
-            **measures._asdict(),
         )
 
     def check(
