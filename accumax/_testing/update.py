@@ -1,0 +1,272 @@
+"""One window of a step, and the big batch's update in two precisions."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .._tree import differentiable, restore
+from .._types import PyTree
+from .evidence import by_path, check_trees, numbers
+
+ULPS = 4  # what programs that are right may differ by in the parameters
+USUAL = 4  # and by what multiple of the big batch's usual error, its median
+LEAST_PRECISION = 0.1  # a gradient that is known less well is not diagnosed
+
+
+class Distance(NamedTuple):
+    """Of one parameter, from the update in float64: the largest absolute difference.
+
+    Attributes:
+      path: as `jax.tree_util.keystr` prints it.
+      step: that of the step.
+      big_batch: that of the big batch in the parameters' own precision.
+      floor: up to here it is rounding.
+    """
+
+    path: str
+    step: float
+    big_batch: float
+    floor: float
+
+    @property
+    def ratio(self) -> float:
+        """`step` over the larger of `big_batch` and `floor`."""
+        if self.step == 0:
+            return 0.0
+        bound = max(self.big_batch, self.floor)
+        return self.step / bound if bound else np.inf
+
+
+class Gradient(NamedTuple):
+    """What a step accumulated, and how exactly it is known."""
+
+    gradient: PyTree
+    tolerance: float
+
+
+class Reference(NamedTuple):
+    """The big batch's update: from a loss and an optimizer, or a function.
+
+    Attributes:
+      update: `(params, batch) -> new params`.
+      gradient: `(params, batch) -> gradient`, None if only `update` is known.
+      optimizer: the same.
+    """
+
+    update: Callable[[PyTree, PyTree], PyTree]
+    gradient: Callable[[PyTree, PyTree], PyTree] | None = None
+    optimizer: optax.GradientTransformation | None = None
+
+
+def reference_of(reference: Any) -> Reference:
+    if callable(reference):
+        return Reference(reference)
+    if not isinstance(reference, tuple) or len(reference) != 2:
+        raise TypeError(
+            f"reference={reference!r} must be (loss_fn, optimizer), or a function "
+            "(params, batch) -> new params."
+        )
+    loss_fn, optimizer = reference
+    if not callable(loss_fn) or not isinstance(optimizer, optax.GradientTransformation):
+        raise TypeError(
+            f"reference={reference!r} must be (loss_fn, optimizer) in this order, such "
+            "as (loss_fn, optax.sgd(1.0)): what the step runs once in a window."
+        )
+    tx = optax.with_extra_args_support(optimizer)
+
+    def gradient(params: PyTree, batch: PyTree) -> tuple[PyTree, dict[str, Any]]:
+        live = differentiable(params)
+
+        def loss(live: PyTree) -> Any:
+            return loss_fn(restore(live, params), batch)
+
+        value, grads = jax.value_and_grad(loss)(live)
+        return grads, {"value": value, "grad": grads, "value_fn": loss}
+
+    @jax.jit
+    def step(params: PyTree, batch: PyTree) -> PyTree:
+        grads, extra = gradient(params, batch)
+        live = differentiable(params)
+        updates, _ = tx.update(grads, tx.init(live), live, **extra)
+        return restore(optax.apply_updates(live, updates), params)
+
+    alone = jax.jit(lambda params, batch: gradient(params, batch)[0])
+    return Reference(step, alone, optimizer)
+
+
+def call(
+    step: Callable[..., Any], params: PyTree, opt_state: Any, microbatch: PyTree
+) -> tuple[PyTree, Any]:
+    out = step(params, opt_state, microbatch)
+    if not isinstance(out, tuple) or len(out) < 2:
+        raise TypeError(
+            f"step returned a {type(out).__name__}; expected (params, opt_state, ...). "
+            "Pass call= for a step of another signature."
+        )
+    return out[0], out[1]
+
+
+def join(microbatches: Sequence[PyTree]) -> PyTree:
+    """The microbatches concatenated along their first axis."""
+
+    def concatenate(path: Any, *parts: Any) -> Any:
+        if not all(np.ndim(x) for x in parts):
+            raise ValueError(
+                f"microbatches have a scalar at {jax.tree_util.keystr(path)}, which "
+                "cannot be concatenated. Pass join=, from the microbatches to a batch."
+            )
+        return jnp.concatenate([jnp.asarray(x) for x in parts])
+
+    first = jax.tree.structure(microbatches[0])
+    for i, other in enumerate(microbatches):
+        if jax.tree.structure(other) != first:
+            raise ValueError(
+                f"microbatches[{i}] is {jax.tree.structure(other)}, and "
+                f"microbatches[0] is {first}. Pass trees of one structure."
+            )
+    return jax.tree_util.tree_map_with_path(concatenate, *microbatches)
+
+
+def rows(microbatches: Sequence[PyTree]) -> list[int]:
+    return [np.shape(jax.tree.leaves(x)[0])[0] for x in microbatches]
+
+
+def window(
+    step: Callable[..., Any],
+    params: PyTree,
+    opt_state: Any,
+    calls: Sequence[PyTree],
+    adapter: Callable[..., tuple[PyTree, Any]],
+) -> tuple[PyTree, Any]:
+    """Runs `step` on copies, which it may donate."""
+    params, opt_state = jax.tree.map(
+        lambda x: x.copy() if isinstance(x, jax.Array) else x, (params, opt_state)
+    )
+    for microbatch in calls:
+        params, opt_state = adapter(step, params, opt_state, microbatch)
+    return params, opt_state
+
+
+def distances(
+    big: Reference, params: PyTree, batch: PyTree, after: PyTree
+) -> tuple[Distance, ...]:
+    got = by_path(after)
+    before = check_trees("params", params, {"the parameters after the step": after})
+    near = by_path(big.update(params, batch))
+    with jax.enable_x64(True):
+        exact = by_path(big.update(_wide(params), _wide(batch)))
+    true = {path: numbers(x) for path, x in exact.items()}
+    missing = [path for path in before if path not in true or path not in near]
+    if missing:
+        raise ValueError(
+            f"reference returned no parameter at {', '.join(missing[:6])}, where "
+            "params has one. It must return the new parameters."
+        )
+    own = {path: _far(near[path], true[path]) for path in before}
+    moved = {path: _far(before[path], true[path]) for path in before}
+    part = np.median([own[p] / moved[p] for p in before if moved[p]] or [0.0])
+    most = max(moved.values(), default=0.0)
+    found = []
+    for path in before:
+        eps = float(jnp.finfo(got[path].dtype).eps)
+        of_parameter = ULPS * eps * np.max(np.abs(true[path]), initial=0.0)
+        # A parameter may be near its true value by luck, and one whose gradient is 0
+        # but for rounding has rounding of the size of other gradients.
+        floor = max(of_parameter, USUAL * part * moved[path], eps * most)
+        found.append(Distance(path, _far(got[path], true[path]), own[path], floor))
+    return tuple(found)
+
+
+def _far(x: Any, true: np.ndarray) -> float:
+    far = np.max(np.abs(numbers(x) - true), initial=0.0)
+    return float(far) if np.isfinite(far) else np.inf
+
+
+def _wide(tree: PyTree) -> PyTree:
+    def cast(x: Any) -> Any:
+        if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.inexact):
+            return x
+        is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
+        dtype = np.complex128 if is_complex else np.float64
+        return jnp.asarray(np.asarray(x).astype(dtype))
+
+    return jax.tree.map(cast, tree)
+
+
+def read_gradient(
+    big: Reference,
+    gradient: Callable[[PyTree, PyTree, Any], PyTree] | None,
+    params: PyTree,
+    after: PyTree,
+    opt_state: Any,
+    batch: PyTree,
+) -> Gradient | str:
+    """What the step accumulated, or a sentence that says why it is not known."""
+    if big.gradient is None or big.optimizer is None:
+        return "For a diagnosis, pass reference=(loss_fn, optimizer)."
+    if gradient is not None:
+        return Gradient(gradient(params, after, opt_state), 1e-4)
+    grads = big.gradient(params, batch)
+    rate = _rate(big.optimizer, params, grads)
+    if rate is None:
+        return "For a diagnosis, pass gradient=: the optimizer is not plain SGD."
+
+    live, new = differentiable(params), by_path(after)
+    parts = [
+        ((numbers(old) - numbers(new[path])) / rate, np.shape(old))
+        for path, old in by_path(live).items()
+    ]
+    if any(np.iscomplexobj(old) for old in by_path(live).values()):
+        return "For a diagnosis, pass gradient=: there are complex parameters."
+    moved = jax.tree.unflatten(
+        jax.tree.structure(live), [x.reshape(s) for x, s in parts]
+    )
+    tolerance = max([1e-4, *(_lost(x, g, rate) for x, g in _pairs(live, grads))])
+    if tolerance > LEAST_PRECISION:
+        return (
+            f"For a diagnosis, use a larger learning rate: with {rate:.3g} the "
+            "gradient is lost in the rounding of the parameters."
+        )
+    return Gradient(moved, tolerance)
+
+
+def _pairs(params: PyTree, grads: PyTree) -> list[tuple[np.ndarray, np.ndarray]]:
+    each = by_path(grads)
+    return [(x, each[path]) for path, x in by_path(params).items() if x.size]
+
+
+def _lost(x: np.ndarray, grad: np.ndarray, rate: float) -> float:
+    """The part of a gradient that rounding the parameter loses."""
+    size = np.sqrt(np.mean(numbers(grad) ** 2)) * abs(rate)
+    lost = float(jnp.finfo(x.dtype).eps) * np.max(np.abs(numbers(x)))
+    return float(lost / size) if size else 0.0
+
+
+def _rate(
+    optimizer: optax.GradientTransformation, params: PyTree, grads: PyTree
+) -> float | None:
+    """The learning rate of plain SGD; None for any other optimizer."""
+    rates, live = [], differentiable(params)
+    # Another direction, and one that is longer than any clipping lets through.
+    ones = jax.tree.map(jnp.ones_like, grads)
+    longer = jax.tree.map(lambda g: 1000 * g, grads)
+    for probe in (grads, ones, longer):
+        try:
+            updates, _ = optimizer.update(probe, optimizer.init(live), live)
+        except (TypeError, ValueError):  # an optimizer with arguments of its own
+            return None
+        for path, g in by_path(probe).items():
+            u, g = numbers(by_path(updates)[path]), numbers(g)
+            if not np.any(g):
+                continue
+            rate = -float(u @ g / (g @ g))
+            if not rate or not np.allclose(u, -rate * g, rtol=1e-5, atol=0):
+                return None
+            rates.append(rate)
+    if not rates or np.ptp(rates) > 1e-5 * abs(rates[0]):
+        return None
+    return rates[0]
