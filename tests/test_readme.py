@@ -20,6 +20,10 @@ def test_the_code_runs_from_top_to_bottom():
         assert blocks
         for block in blocks:
             exec(block, namespace)
+    for page in ("docs/batch_size.md", "docs/nothing_hidden.md"):  # each by itself
+        own = {}
+        for block in _blocks("python", (ROOT / page).read_text()):
+            exec(block, own)
     # 16 calls, and one more by each form of the guide's first block.
     state = namespace["opt_state"]
     assert (state.gradient_step, state.mini_step) == (2, 3)
