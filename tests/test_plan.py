@@ -191,6 +191,26 @@ def test_a_step_may_be_a_function_with_arguments_or_lowered_or_compiled():
         assert result.microbatch_size == 8
 
 
+def test_what_devices_send_is_in_the_table():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.NamedSharding(mesh, jax.P("data"))
+    reduce_axis = accumax.DataParallel("data", mesh=mesh)
+
+    def make_step(size):
+        grad = accumax.grad(
+            lambda w, x: jnp.mean(x @ w), microbatch_size=size, reduce_axis=reduce_axis
+        )
+        w = jax.ShapeDtypeStruct((1024,), "float32")
+        return grad, (w, jax.ShapeDtypeStruct((64, 1024), "float32", sharding=rows))
+
+    plan = accumax.plan(make_step, 64, memory_limit="1MiB")
+    sent = {row.sent for row in plan.rows if row.source == "compiled"}
+    assert min(sent) >= 4096  # the gradient, once
+    assert max(sent) < 2 * 4096
+    assert "sent" in str(plan)
+    assert all(row.sent is None for row in plan.rows if row.source == "predicted")
+
+
 def test_the_memory_of_several_devices_is_that_of_one():
     mesh = jax.make_mesh((4,), ("data",))
     rows = jax.NamedSharding(mesh, jax.P("data"))

@@ -74,11 +74,14 @@ class Timeline:
       buffers: each once.
       executions: all instructions that run, in order.
       length: the times are below it.
+      arguments: the numbers of the values that are the program's arguments.
+      roots: for each number the place of its buffer in `buffers`.
     """
 
     buffers: tuple[Buffer, ...]
     executions: tuple[Execution, ...]
     length: int
+    arguments: frozenset[int]
     roots: tuple[int, ...]
 
     def buffer(self, number: int) -> Buffer:
@@ -127,7 +130,7 @@ def timeline(module: Module) -> Timeline:
     walk.share(pairs)
     walk.reuse(pairs)
     walk.fill(_leaves(result))
-    return walk.timeline()
+    return walk.timeline(frozenset(_leaves(tuple(args.values()))))
 
 
 def _leaves(buffers: Buffers) -> list[int]:
@@ -347,7 +350,7 @@ class _Walk:
                 self.unite(number, n)
                 begins = x.ends
 
-    def timeline(self) -> Timeline:
+    def timeline(self, arguments: frozenset[int]) -> Timeline:
         length = self.time + 1
         places: dict[int, int] = {}
         buffers = []
@@ -359,7 +362,8 @@ class _Walk:
             if x.parameters or x.output:  # who calls has these all the time
                 x.begins, x.ends = 0, length - 1
         roots = tuple(places[self.root(n)] for n in range(len(self.found)))
-        return Timeline(tuple(buffers), tuple(self.executions), length, roots)
+        executions = tuple(self.executions)
+        return Timeline(tuple(buffers), executions, length, arguments, roots)
 
 
 def _done(x: Instruction, started: Buffers) -> Buffers:

@@ -126,8 +126,10 @@ def copies(
             continue
         source, target = (_first(b) for b in (x.operands[0], x.result))
         buffers = [program.buffer(n) for n in (source, target)]
-        if buffers[0] is buffers[1] or not buffers[1].bytes:
-            continue  # in place, or into another memory
+        if not buffers[1].bytes:
+            continue  # into another memory
+        if source in program.arguments and buffers[0] is buffers[1]:
+            continue  # XLA leaves it out: a donated argument, in its own place
         path = next(
             (names.get(n, "") for b in buffers for n in sorted(b.parameters)), ""
         )

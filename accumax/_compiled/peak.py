@@ -5,6 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 
+from . import hlo
+from .buffers import timeline
+from .findings import Shapes, collectives
+
 
 class Peak(NamedTuple):
     """Bytes of one device.
@@ -15,12 +19,15 @@ class Peak(NamedTuple):
         program because it does not fit the device.
       fixed: arguments and results, which are there from the beginning to the end.
       devices: those that the program runs on; empty if it has no arrays.
+      sent: the results of its collective operations in a call; None if the program does
+        not say how often a loop runs them.
     """
 
     size: int
     total: int | None
     fixed: int
     devices: frozenset[Any]
+    sent: int | None = None
 
 
 def measure(make_step: Callable[[int], Any], size: int) -> Peak:
@@ -92,7 +99,18 @@ def _peak(compiled: Any, size: int) -> Peak:
     # XLA:GPU agrees to 0.1 %.
     shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
     devices = frozenset().union(*(s.device_set for s in shardings))
-    return Peak(size, int(total), int(fixed), devices)
+    return Peak(size, int(total), int(fixed), devices, _sent(compiled))
+
+
+def _sent(compiled: Any) -> int | None:
+    text = compiled.as_text()
+    if not text:
+        return None
+    module = hlo.parse(text)
+    found = collectives(module, timeline(module), Shapes({}))
+    if any(x.times is None for x in found):
+        return None
+    return sum(x.bytes * (x.times or 0) for x in found)
 
 
 def _failed(size: int, error: Exception) -> RuntimeError:

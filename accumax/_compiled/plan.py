@@ -24,12 +24,15 @@ class Row(NamedTuple):
       bytes: the peak of one device; None if the compiler refused the program because
         it is too large.
       source: "compiled", or "predicted" from the sizes that were.
+      sent: bytes that the collective operations of a call give one device; None where
+        that is not known, as for a size that was not compiled.
     """
 
     size: int
     microbatches: int
     bytes: int | None
     source: Literal["compiled", "predicted"]
+    sent: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +73,15 @@ class Plan:
 
     def __str__(self) -> str:
         share = self.peak_bytes / self.memory_limit
+        sends = any(row.sent for row in self.rows)
         lines = [
             f"microbatch_size={self.microbatch_size}: {self.microbatches} "
             f"microbatches of a batch of {self.batch_size}",
             f"peak of one device: {readable(self.peak_bytes)}, {share:.1%} of the "
             f"limit, {readable(self.memory_limit)}",
             "",
-            f"{'size':>10}{'microbatches':>14}{'peak':>12}",
+            f"{'size':>10}{'microbatches':>14}{'peak':>12}"
+            + (f"{'sent':>12}" if sends else ""),
         ]
         # Those next to the answer, if there are more than a page takes.
         at = [row.size for row in self.rows].index(self.microbatch_size)
@@ -86,7 +91,9 @@ class Plan:
             fits = row.bytes is not None and row.bytes <= self.memory_limit
             note = row.source if fits else f"{row.source}, does not fit"
             note += "  <-" if row.size == self.microbatch_size else ""
-            lines.append(f"{row.size:10}{row.microbatches:14}{peak:>12}  {note}")
+            known = "" if row.sent is None else readable(row.sent)
+            sent = f"{known:>12}" if sends else ""
+            lines.append(f"{row.size:10}{row.microbatches:14}{peak:>12}{sent}  {note}")
         if self.largest > 1.5 * self.microbatch_size:
             lines += [
                 "",
@@ -248,10 +255,11 @@ def plan(
 
 def _rows(curve: Curve, sizes: list[int], batch_size: int) -> Iterator[Row]:
     known = {p.size: p.total for p in curve.points} | dict.fromkeys(curve.refused)
+    sent = {p.size: p.sent for p in curve.points}
     for size in sorted({*sizes, *known}):
         parts = math.ceil(batch_size / size)
         if size in known:
-            yield Row(size, parts, known[size], "compiled")
+            yield Row(size, parts, known[size], "compiled", sent.get(size))
         else:
             yield Row(size, parts, max(round(curve.predict(size)), 0), "predicted")
 
