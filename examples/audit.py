@@ -17,7 +17,7 @@ each program in audit.png:
                                    MultiSteps     by hand     accumax whole batch
     memory of the step                  19.74       18.73       17.15       59.10 MiB
       temporary part of it               9.40       10.97        6.81       51.34 MiB
-    copies of a parameter's size           11           4           0           2
+    copies of a parameter's size           12           4           0           2
     AdamW's work, kept by a flag         5.13        0.00        0.00        0.00 MiB
     off the big batch's update by     2.1e-06     2.1e-06     2.1e-06     0.0e+00
 
@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         figures[name] = {
             "total": report.memory.total,
             "temp": report.memory.temp,
-            "copies": len(report.copies),
+            "copies": sum(x.certain for x in report.copies),
             "discarded": sum(x.bytes for x in report.discarded if x.certain),
         }
     for name, end in ends.items():

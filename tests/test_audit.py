@@ -132,6 +132,18 @@ def test_crossed_arguments_and_their_copies_have_paths():
     assert right.crossed == right.not_reused == right.copies == right.warnings == ()
 
 
+def test_the_copy_of_an_activation_of_a_parameters_shape_is_no_warning():
+    def loss(params, x):  # x has the shape of w
+        hidden = jnp.tanh(x @ params["w"])
+        return jnp.mean(jnp.sort(hidden.T @ hidden, axis=0) ** 2)
+
+    tx = accumax.accumulate(ADAM, 4)
+    found = report_of(accumax.train_step(loss, tx), tx, x=SHAPES["w"])
+    assert all("jvp(" in x.scope for x in found.copies)
+    assert not any(x.certain for x in found.copies)
+    assert found.warnings == ()
+
+
 def test_what_was_donated_in_vain_has_a_path():
     found = report_of(with_optax(ADAM), ADAM, donate=(0, 1, 2))
     assert found.not_reused == ("x",)

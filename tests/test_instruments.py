@@ -15,8 +15,9 @@ def test_the_audited_ways_make_one_update_and_only_multisteps_wastes(tmp_path, c
     assert figures["MultiSteps"]["discarded"] > 0
     for name in ("by hand", "accumax", "whole batch"):
         assert figures[name]["discarded"] == 0
-    # Activations of a parameter's shape are among the copies of so small a net.
-    assert figures["accumax"]["copies"] < figures["by hand"]["copies"]
+    # Of two biases and an activation, which in so small a net are a hundredth of the
+    # largest parameter.
+    assert figures["accumax"]["copies"] <= 3 < figures["MultiSteps"]["copies"]
     assert figures["accumax"]["temp"] < figures["by hand"]["temp"]
     for figure in figures.values():
         assert figure["off"] <= 2e-5  # of a step of Adam, 1e-3

@@ -16,7 +16,9 @@ _ARITHMETIC = {"sqrt", "rsqrt", "cbrt", "divide"}
 
 
 class Copy(NamedTuple):
-    """A copy of a buffer as large as a parameter, or as a layer of stacked ones.
+    """A copy of a buffer of a parameter's shape, or of a layer of stacked ones.
+
+    An activation may have the shape of a parameter, too: `certain` tells.
 
     Attributes:
       path: the argument or output that is copied; "" if it is neither.
@@ -31,6 +33,11 @@ class Copy(NamedTuple):
     times: int | None
     where: str
     scope: str
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is a parameter's or a state's, and not perhaps an activation's."""
+        return bool(self.path) or "jvp(" not in self.scope
 
 
 class Collective(NamedTuple):

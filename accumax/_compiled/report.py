@@ -70,7 +70,7 @@ class Audit:
         the program does not tell.
       crossed: pairs of a donated argument and an output that reuses its memory though
         another output is its new value; None if the program does not tell.
-      copies: of buffers as large as a parameter.
+      copies: of buffers of a parameter's shape.
       collectives: all of a call.
       discarded: what is computed in every call and kept only if a condition holds.
       conditionals: their number before (None if not known) and after compiling.
@@ -196,12 +196,16 @@ def _list_donations(report: Audit) -> Iterator[str]:
 
 
 def _list_copies(found: tuple[Copy, ...]) -> Iterator[str]:
-    yield f"copies as large as a parameter: {len(found)}"
-    for x in found[:8]:
+    certain = [x for x in found if x.certain]
+    yield f"copies as large as a parameter: {len(certain)}"
+    for x in certain[:8]:
         what = x.path or x.scope or "XLA's own"
         yield f"  {_times(x.times):>4} x {size(x.bytes):>12}  {x.where:8}{what}"
-    if len(found) > 8:
-        yield f"  and {len(found) - 8} more"
+    if len(certain) > 8:
+        yield f"  and {len(certain) - 8} more"
+    if len(certain) < len(found):
+        others = len(found) - len(certain)
+        yield f"  {others} more, of activations or gradients of a parameter's shape"
 
 
 def _list_collectives(found: tuple[Collective, ...]) -> Iterator[str]:
@@ -271,7 +275,8 @@ def said(report: Audit) -> Iterator[str]:
         )
 
 
-def _of_copies(found: tuple[Copy, ...]) -> Iterator[str]:
+def _of_copies(copies: tuple[Copy, ...]) -> Iterator[str]:
+    found = [x for x in copies if x.certain]
     if not found:
         return
     total = sum(x.bytes * (x.times or 1) for x in found)
