@@ -17,7 +17,7 @@ from ._window import boundary
 from ._window.boundary import is_accumulate, window_of
 from ._window.checks import check_length
 from ._window.inner import inner_of
-from ._window.measure import Measure, check_decay
+from ._window.measure import measure
 from ._window.state import AccumulateState, is_state
 from ._window.window import Window
 
@@ -140,11 +140,9 @@ def accumulate(
         every=_check_every(every),
         accumulator=arithmetic,
         devices=check_window_axis(reduce_axis),
-        measure=Measure(arithmetic, track_norm, check_decay(track_noise)),
+        measure=measure(arithmetic, track_norm, track_noise),
     )
-    init: Any = window.init  # Optax's types know no None in a state
-    update: Any = functools.partial(boundary.update, window)
-    return _Accumulate(init, update)
+    return _Accumulate(window.init, functools.partial(boundary.update, window))
 
 
 class _Accumulate(optax.GradientTransformationExtraArgs):

@@ -294,3 +294,17 @@ def test_a_state_without_the_measure_is_refused():
     for wrong in (1, 1.0, -0.5, "yes", None):
         with pytest.raises(ValueError, match="track_noise"):
             accumax.accumulate(optax.sgd(0.1), 2, track_noise=wrong)
+
+
+def test_an_averaged_argument_may_have_the_name_of_a_measure_that_is_not_taken():
+    grads = jnp.ones(3)
+    for name, option in (("noise", "track_noise"), ("grad_norm", "track_norm")):
+        tx = accumax.accumulate(optax.sgd(0.1), 2, averaged_args=(name,))
+        state = tx.init(grads)
+        for value in (1.0, 3.0):
+            _, state = accumax.apply_gradients(tx, grads, state, grads, **{name: value})
+        assert state.acc_args[name] == 2
+        with pytest.raises(ValueError, match=f"has '{name}'"):
+            accumax.accumulate(
+                optax.sgd(0.1), 2, averaged_args=(name,), **{option: True}
+            )

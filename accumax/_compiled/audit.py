@@ -1,6 +1,7 @@
 """The door of `accumax.audit`: a page about a compiled step."""
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from .findings import (
     copies,
     discarded,
 )
+from .peak import sizes_of
 from .report import Audit, Kind, Live, Memory, said
 
 _LARGEST = 12  # buffers of the peak that are kept
@@ -92,7 +94,7 @@ def audit(
     )
     updated = {n for n, k in kinds.items() if k in ("parameters", "optimizer state")}
     not_reused, crossed = _donations(lowered or compiled, module, arguments)
-    kind_of = _Kinds(kinds, shapes)
+    kind_of = functools.partial(_kind, kinds, shapes)
     alive = sorted(program.alive(program.peak), key=lambda b: -b.bytes)
     found = Audit(
         memory=_memory(compiled, program),
@@ -281,23 +283,16 @@ def _counterparts(args: tuple, out: Any) -> dict[int, tuple]:
     return found
 
 
-class _Kinds:
+def _kind(of_parameters: dict[int, Kind], shapes: Shapes, x: buffers.Buffer) -> Kind:
     """What a buffer is for."""
-
-    def __init__(self, of_parameters: dict[int, Kind], shapes: Shapes):
-        self.of_parameters, self.shapes = of_parameters, shapes
-
-    def __call__(self, x: buffers.Buffer) -> Kind:
-        if x.parameters:
-            return self.of_parameters[min(x.parameters)]
-        if x.output:
-            return "outputs"
-        scope = x.made_by.scope
-        if "transpose(" in scope and any(
-            self.shapes.has(a) for a in hlo.arrays(x.made_by.type)
-        ):
-            return "gradients"
-        return "activations" if "jvp(" in scope else "other"
+    if x.parameters:
+        return of_parameters[min(x.parameters)]
+    if x.output:
+        return "outputs"
+    scope = x.made_by.scope
+    if "transpose(" in scope and any(map(shapes.has, hlo.arrays(x.made_by.type))):
+        return "gradients"
+    return "activations" if "jvp(" in scope else "other"
 
 
 def _live(
@@ -312,15 +307,10 @@ def _live(
 
 def _memory(compiled: Any, program: buffers.Timeline) -> Memory:
     peak = max(program.totals())
-    found = compiled.memory_analysis()
-    if found is None or not hasattr(found, "temp_size_in_bytes"):
+    sizes = sizes_of(compiled)
+    if sizes is None:
         return Memory(None, None, None, None, None, peak)
-    arguments, output, aliased, temp = (
-        getattr(found, f"{name}_size_in_bytes")
-        for name in ("argument", "output", "alias", "temp")
-    )
-    total = arguments + output - aliased + temp
-    return Memory(arguments, output, aliased, temp, total, peak)
+    return Memory(*sizes, sizes.total, peak)
 
 
 def _schedule(

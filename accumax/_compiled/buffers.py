@@ -7,7 +7,7 @@ that dies there. `Timeline.peak` can so be compared with what the compiler says.
 """
 
 import dataclasses
-import re
+import functools
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,7 +18,6 @@ Buffers: TypeAlias = int | tuple[Any, ...]
 
 # Instructions that give another name to what is there, or run nothing.
 _VIEWS = {"bitcast", "optimization-barrier", "domain", "add-dependency", "after-all"}
-_NOTHING = {"tuple", "get-tuple-element", "parameter", "constant", *_VIEWS}
 # Instructions that read and write different places, so that nothing shares memory.
 _APART = {
     "copy", "transpose", "dot", "convolution", "reduce", "reduce-window", "gather",
@@ -240,7 +239,8 @@ class _Walk:
             result = self.start(x, operands)
         else:
             result = self.new(x)
-            _give_back(x, self, operands, result)
+            for output, number, index in x.aliases:
+                self.unite(_at(result, output), _at(operands[number], index))
         execution = Execution(x, self.time, where, times, operands, result)
         self.executions.append(execution)
         return result
@@ -340,15 +340,27 @@ class _Walk:
             if not output.parameters:
                 self._take_in(b, 0, output.begins)
 
+    @functools.cached_property
+    def _temporary(self) -> dict[int, list[int]]:
+        """The buffers that are neither arguments nor outputs, by their size."""
+        sizes: dict[int, list[int]] = {}
+        for n, x in enumerate(self.found):
+            if self.root(n) == n and x.bytes and not (x.parameters or x.output):
+                sizes.setdefault(x.bytes, []).append(n)
+        return sizes
+
     def _take_in(self, number: int, begins: int, ends: int) -> None:
         """Unites a buffer with those of its size that are alive between two times."""
-        size = self.found[self.root(number)].bytes
-        for n, x in enumerate(self.found):
-            if self.root(n) != n or x.parameters or x.output or not size == x.bytes > 0:
-                continue
+        same = self._temporary.get(self.found[self.root(number)].bytes, [])
+        left = []
+        for n in same:
+            x = self.found[n]
             if begins <= x.begins and x.ends <= ends:
                 self.unite(number, n)
                 begins = x.ends
+            else:
+                left.append(n)
+        same[:] = left
 
     def timeline(self, arguments: frozenset[int]) -> Timeline:
         length = self.time + 1
@@ -377,19 +389,3 @@ def _done(x: Instruction, started: Buffers) -> Buffers:
         if len(_leaves(part)) == wanted:
             return part
     return started[0]
-
-
-def _give_back(
-    x: Instruction, walk: _Walk, operands: tuple[Buffers, ...], result: Buffers
-) -> None:
-    """Unites what the program itself says is in one place."""
-    _, found, text = x.attributes.partition("output_to_operand_aliasing={")
-    if not found:
-        return
-    pattern = r"\{([\d, ]*)\}: \((\d+), \{([\d, ]*)\}\)"
-    for output, number, index in re.findall(pattern, text):
-        a, b = (
-            _at(whole, [int(i) for i in places.split(",") if i.strip()])
-            for whole, places in ((result, output), (operands[int(number)], index))
-        )
-        walk.unite(a, b)

@@ -74,6 +74,12 @@ class Instruction:
         return match.group(1).replace("\\'", "'").replace('\\"', '"') if match else ""
 
     @property
+    def aliases(self) -> list[tuple[list[int], int, list[int]]]:
+        """What is in one place: an index of the result, an operand, an index in it."""
+        _, _, text = self.attributes.partition("output_to_operand_aliasing={")
+        return _pairs(text)
+
+    @property
     def trips(self) -> int | None:
         """How often a loop runs, if the program says so."""
         match = re.search(r'known_trip_count"?:\{"n":"(\d+)"', self.attributes)
@@ -283,11 +289,17 @@ def _aliases(text: str) -> dict[tuple[int, ...], int]:
     _, found, rest = header.partition("input_output_alias={")
     if not found:
         return {}
-    rest = rest.split("entry_computation_layout")[0]
-    return {
-        tuple(int(i) for i in output.split(",") if i.strip()): int(number)
-        for output, number, _ in _ALIAS.findall(rest)
-    }
+    pairs = _pairs(rest.split("entry_computation_layout")[0])
+    return {tuple(output): number for output, number, _ in pairs}
+
+
+def _pairs(text: str) -> list[tuple[list[int], int, list[int]]]:
+    """Pairs of what shares memory, as HLO writes them: {output}: (number, {index}."""
+
+    def index(text: str) -> list[int]:
+        return [int(i) for i in text.split(",") if i.strip()]
+
+    return [(index(a), int(n), index(b)) for a, n, b in _ALIAS.findall(text)]
 
 
 def _lines(tables: dict[str, dict[int, str]]) -> dict[int, str]:

@@ -81,28 +81,59 @@ def _lowered(step: Any, size: int) -> jax.stages.Lowered:
     return (fun if hasattr(fun, "lower") else jax.jit(fun)).lower(*args)
 
 
+class Sizes(NamedTuple):
+    """The memory of one device for a compiled program, in bytes.
+
+    `aliased` is the part of `output` that reuses donated arguments.
+    """
+
+    arguments: int
+    output: int
+    aliased: int
+    temp: int
+
+    @property
+    def fixed(self) -> int:
+        """Arguments and results, which are there from the beginning to the end."""
+        return self.arguments + self.output - self.aliased
+
+    @property
+    def total(self) -> int:
+        """What the device needs.
+
+        And not the peak that backends tell, about which they do not agree. For 64 rows
+        of the transformer of benchmarks/plan.py, XLA:CPU leaves the temporary part out
+        of it (13.7 of 111.7 MB), and XLA:TPU counts its vector memory in (67.4 for 17.8
+        MB). XLA:GPU agrees to 0.1 %.
+        """
+        return self.fixed + self.temp
+
+
+def sizes_of(compiled: Any) -> Sizes | None:
+    """What the compiler says about the memory; None if it does not."""
+    found = compiled.memory_analysis()
+    if not hasattr(found, "temp_size_in_bytes"):
+        return None
+    names = "argument", "output", "alias", "temp"
+    return Sizes(*(int(getattr(found, f"{name}_size_in_bytes")) for name in names))
+
+
 def _peak(compiled: Any, size: int) -> Peak:
-    memory = compiled.memory_analysis()
-    try:
-        fixed = memory.argument_size_in_bytes + memory.output_size_in_bytes
-        fixed -= memory.alias_size_in_bytes
-        total = fixed + memory.temp_size_in_bytes
-    except AttributeError:
+    sizes = sizes_of(compiled)
+    if sizes is None:
         raise ValueError(
             f"The compiled step of microbatch_size={size} does not tell its memory "
-            f"(memory_analysis() is {memory!r}). Compile for a backend that does: "
-            "CPU, GPU and TPU do."
-        ) from None
-    # And not the peak that they tell, about which backends do not agree. For 64 rows of
-    # the transformer of benchmarks/plan.py, XLA:CPU leaves the temporary part out of it
-    # (13.7 of 111.7 MB), and XLA:TPU counts its vector memory in (67.4 for 17.8 MB).
-    # XLA:GPU agrees to 0.1 %.
+            f"(memory_analysis() is {compiled.memory_analysis()!r}). Compile for a "
+            "backend that does: CPU, GPU and TPU do."
+        )
     shardings = jax.tree.leaves((compiled.input_shardings, compiled.output_shardings))
     devices = frozenset().union(*(s.device_set for s in shardings))
-    return Peak(size, int(total), int(fixed), devices, _sent(compiled))
+    return Peak(size, sizes.total, sizes.fixed, devices, _sent(compiled, devices))
 
 
-def _sent(compiled: Any) -> int | None:
+def _sent(compiled: Any, devices: frozenset[Any]) -> int | None:
+    if len(devices) < 2:
+        return 0
     text = compiled.as_text()
     if not text:
         return None

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from .findings import Collective, Copy, Discarded
+from .limit import readable
 
 Kind: TypeAlias = Literal[
     "parameters",
@@ -146,17 +147,6 @@ class Audit:
         return figure
 
 
-def size(n: int | float | None) -> str:
-    """Bytes for a reader, such as "1.5 MiB"; "unknown" for None."""
-    if n is None:
-        return "unknown"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024 or unit == "GiB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.2f} {unit}"
-        n /= 1024
-    raise AssertionError
-
-
 def _times(n: int | float | None) -> str:
     return "?" if n is None else f"{n:g}"
 
@@ -167,13 +157,15 @@ def _page(report: Audit) -> Iterator[str]:
     yield ""
     yield "memory"
     for name in ("arguments", "output", "aliased", "temp", "total"):
-        yield f"  {name:12}{size(getattr(memory, name)):>14}"
-    yield f"  {'schedule':12}{size(memory.peak):>14}  alive at once, an estimate"
+        found = getattr(memory, name)
+        shown = "unknown" if found is None else readable(found)
+        yield f"  {name:12}{shown:>14}"
+    yield f"  {'schedule':12}{readable(memory.peak):>14}  alive at once, an estimate"
     yield ""
     yield "largest buffers at the peak"
     for x in report.largest:
         made = x.path or f"{x.scope} {x.source}".strip() or "XLA"
-        yield f"  {size(x.bytes):>12}  {x.kind:16}{x.type:22}{made}"
+        yield f"  {readable(x.bytes):>12}  {x.kind:16}{x.type:22}{made}"
     yield ""
     yield from _list_donations(report)
     yield from _list_copies(report.copies)
@@ -200,7 +192,7 @@ def _list_copies(found: tuple[Copy, ...]) -> Iterator[str]:
     yield f"copies as large as a parameter: {len(certain)}"
     for x in certain[:8]:
         what = x.path or x.scope or "XLA's own"
-        yield f"  {_times(x.times):>4} x {size(x.bytes):>12}  {x.where:8}{what}"
+        yield f"  {_times(x.times):>4} x {readable(x.bytes):>12}  {x.where:8}{what}"
     if len(certain) > 8:
         yield f"  and {len(certain) - 8} more"
     if len(certain) < len(found):
@@ -217,7 +209,7 @@ def _list_collectives(found: tuple[Collective, ...]) -> Iterator[str]:
     for (op, bytes_, times, where, gradient), n in groups.items():
         what = ", of a gradient's shape" if gradient else ""
         calls = f"{n} x {_times(times)}"
-        yield f"  {calls:>8} {op:20}{size(bytes_):>12}  {where}{what}"
+        yield f"  {calls:>8} {op:20}{readable(bytes_):>12}  {where}{what}"
 
 
 def _list_discarded(report: Audit) -> Iterator[str]:
@@ -226,7 +218,7 @@ def _list_discarded(report: Audit) -> Iterator[str]:
     yield f"conditionals: {was} written, {after} compiled"
     certain = [x for x in report.discarded if x.certain]
     total = sum(x.bytes for x in certain)
-    yield f"an optimizer's work in every call, kept by a condition: {size(total)}"
+    yield f"an optimizer's work in every call, kept by a condition: {readable(total)}"
     others = len(report.discarded) - len(certain)
     if others:
         yield (
@@ -244,8 +236,8 @@ def said(report: Audit) -> Iterator[str]:
         and memory.output > 0.3 * (memory.arguments or 0)
     ):
         yield (
-            f"Nothing is donated: {size(memory.output)} of outputs exist beside the "
-            "arguments. Pass donate_argnums for the parameters and the optimizer state "
+            f"Nothing is donated: {readable(memory.output)} of outputs exist beside "
+            "the arguments. Pass donate_argnums for the parameters and the optimizer state "
             "to jax.jit."
         )
     if report.not_reused:
@@ -269,7 +261,7 @@ def said(report: Audit) -> Iterator[str]:
     if certain:
         total = sum(x.bytes for x in certain)
         yield (
-            f"An optimizer's arithmetic on {size(total)} runs in every call, and a "
+            f"An optimizer's arithmetic on {readable(total)} runs in every call, and a "
             "condition then keeps its result or not. accumax.apply_gradients and "
             "accumax.train_step run it in the call that closes the window alone."
         )
@@ -283,7 +275,7 @@ def _of_copies(copies: tuple[Copy, ...]) -> Iterator[str]:
     names = sorted({x.path for x in found if x.path})
     of = f", among them of {', '.join(names[:3])}" if names else ""
     yield (
-        f"{len(found)} copies of buffers as large as parameters, {size(total)} a "
+        f"{len(found)} copies of buffers as large as parameters, {readable(total)} a "
         f"call{of}. Donate the arguments, and keep their order in the result."
     )
 
@@ -301,7 +293,7 @@ def _of_collectives(found: tuple[Collective, ...]) -> Iterator[str]:
     often = "in each turn of a loop" if unknown else f"up to {most:g} times a call"
     total = sum(x.bytes * (x.times or 1) for x in loops)
     yield (
-        f"Gradients are reduced within a loop, {often}, {size(total)} at least: once "
-        "is enough. Add up each device's own gradients and reduce their sum "
+        f"Gradients are reduced within a loop, {often}, {readable(total)} at least: "
+        "once is enough. Add up each device's own gradients and reduce their sum "
         '(reduce_axis="data" in accumax).'
     )

@@ -8,7 +8,7 @@ import optax
 
 from .. import _tree
 from .._types import ArrayLike
-from .state import is_state
+from .state import MEASURES, is_state
 
 
 def check_flush(flush: Any) -> ArrayLike:
@@ -98,8 +98,10 @@ def check_state(
         raise TypeError(
             f"state is a {type(state).__name__}, not an AccumulateState. {hint}"
         )
-    for name, option in (("grad_norm", "track_norm"), ("noise", "track_noise")):
-        if (name in measures) != (name in state.acc_args):
+    options = zip(MEASURES, ("track_norm", "track_noise"), strict=True)
+    for name, option in options:
+        held = name in state.acc_args and name not in averaged_args
+        if (name in measures) != held:
             has = "has none" if name in measures else "has one"
             raise TypeError(
                 f"This accumulate has {option}={name in measures}, and the state "

@@ -1,6 +1,7 @@
 """What a window measures of its gradient: its norm, and the gradient noise scale."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,7 @@ from .._devices.one import Devices
 from .._sums import Accumulator, Sums
 from .._types import PyTree
 from .._xla.loops import at_most_once
-from .state import AccumulateState, Noise, is_state
-
-NAMES = NORM, NOISE = "grad_norm", "noise"
+from .state import MEASURES, NOISE, NORM, AccumulateState, Noise, is_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Measure:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the measures in a state's `acc_args`."""
-        return NAMES[not self.norm : 1 + (self.decay is not None)]
+        wanted = self.norm, self.decay is not None
+        return tuple(itertools.compress(MEASURES, wanted))
 
     def init(self) -> dict[str, Any]:
         def scalar() -> jax.Array:  # a new array each time: no buffer is donated twice
@@ -56,9 +56,9 @@ class Measure:
         closes the window. On one device it is the first call, after which `measured`
         has read the sum.
         """
-        noise = state.acc_args.get(NOISE)
-        if noise is None:
+        if self.decay is None:
             return None
+        noise = state.acc_args[NOISE]
         if devices.parts == 1:
             fresh = state.acc_weight == 0  # nothing was measured in this window
             weight = jnp.where(fresh, 0, noise.small_weight)
@@ -107,10 +107,11 @@ class Measure:
         if self.norm:
             found[NORM] = _pick(applies, jnp.sqrt(square), state.acc_args[NORM])
         if noise is not None:
-            first = noise._replace(small_square=square, small_weight=sums.weight)
             if devices.parts == 1:
-                pairs = zip(first, noise, strict=True)
-                noise = Noise(*(_pick(opens, new, old) for new, old in pairs))
+                noise = noise._replace(
+                    small_square=_pick(opens, square, noise.small_square),
+                    small_weight=_pick(opens, sums.weight, noise.small_weight),
+                )
             found[NOISE] = self._averaged(noise, square, sums.weight, applies)
         return found
 
@@ -174,7 +175,22 @@ def _read(
         return at_most_once(reads, read, old)
 
 
-def check_decay(track_noise: Any) -> float | None:
+def measure(accumulator: Accumulator, track_norm: bool, track_noise: Any) -> Measure:
+    """Makes a `Measure`; see `accumax.accumulate`.
+
+    Raises:
+      ValueError: an option is wrong, or an averaged argument has the name of a measure.
+    """
+    found = Measure(accumulator, track_norm, _check_decay(track_noise))
+    for name in set(found.names) & set(accumulator.averaged_args):
+        raise ValueError(
+            f"averaged_args={accumulator.averaged_args} has {name!r}, the name of a "
+            "measure in the state's acc_args. Rename the argument, or do not track."
+        )
+    return found
+
+
+def _check_decay(track_noise: Any) -> float | None:
     """The decay of the averages that `track_noise` asks for; None for none."""
     if isinstance(track_noise, bool):
         return 0.99 if track_noise else None
@@ -229,8 +245,8 @@ def noise_scale(opt_state: Any) -> jax.Array:
       its end, or of each device's own sum, so no gradient tree is needed.
     """
     for state in filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)):
-        if NOISE in state.acc_args:
-            noise = state.acc_args[NOISE]
+        noise = state.acc_args.get(NOISE)
+        if isinstance(noise, Noise):  # and not an averaged argument of this name
             seen = (noise.spread != 0) | (noise.signal != 0)
             return jnp.where(seen, noise.spread / noise.signal, jnp.nan)
     raise TypeError(

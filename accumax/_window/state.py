@@ -7,6 +7,9 @@ import optax
 
 from .._types import PyTree
 
+# What a state's `acc_args` may hold beside the averaged arguments.
+MEASURES = NORM, NOISE = "grad_norm", "noise"
+
 
 class Noise(NamedTuple):
     """The sums from which `accumax.noise_scale` is computed, () float each.
