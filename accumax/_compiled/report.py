@@ -237,8 +237,8 @@ def said(report: Audit) -> Iterator[str]:
     ):
         yield (
             f"Nothing is donated: {readable(memory.output)} of outputs exist beside "
-            "the arguments. Pass donate_argnums for the parameters and the optimizer state "
-            "to jax.jit."
+            "the arguments. Pass donate_argnums for the parameters and the optimizer "
+            "state to jax.jit."
         )
     if report.not_reused:
         names = ", ".join(report.not_reused[:4])
