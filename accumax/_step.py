@@ -14,7 +14,7 @@ from ._batch.outputs import check_aux_wanted, check_reductions
 from ._batch.scan import Loop, Outcome
 from ._batch.split import Split, split
 from ._devices.one import Devices
-from ._devices.sharded import ReduceAxis, check_reduce_axis
+from ._devices.reduce_axis import ReduceAxis, check_reduce_axis
 from ._types import ArrayLike, PyTree
 from ._window.boundary import close
 from ._window.checks import check_flush

@@ -7,7 +7,7 @@ import optax
 
 from ._batch.arguments import Places
 from ._batch.loss import stateless
-from ._devices.sharded import ReduceAxis
+from ._devices.reduce_axis import ReduceAxis
 from ._step import Step
 from ._types import ArrayLike, PyTree
 from ._window.boundary import close, window_of

@@ -15,7 +15,8 @@ from ._batch.loss import Call, StatefulLoss, stateless
 from ._batch.outputs import check_aux_wanted, check_each_reduction
 from ._batch.scan import Loop
 from ._batch.split import split
-from ._devices.sharded import ReduceAxis, check_reduce_axis
+from ._devices.one import ONE
+from ._devices.reduce_axis import ReduceAxis, check_reduce_axis
 from ._sums import Sums, accumulator
 from ._types import DTypeLike, PyTree
 
@@ -204,7 +205,7 @@ def gradients(
     positions = check_argnums(argnums)
     several_args = not hasattr(argnums, "__index__")
     count = len(positions) if several_args else None
-    devices = check_reduce_axis(reduce_axis, count)
+    devices = ONE.join(check_reduce_axis(reduce_axis, count))  # there is no window
     accumulated = accumulator(reduction=reduction, dtype=accumulator_dtype)
     loop = Loop(
         losses=(),

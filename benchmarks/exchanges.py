@@ -157,6 +157,8 @@ def _inside(x: _Instruction, place: Place) -> Place:
         r'op_name="[^"]*accumax\.boundary\)*/(while|cond)"', x.attributes
     ):
         return "boundary"
+    if re.search(r'op_name="[^"]*accumax\.once\)*/while"', x.attributes):
+        return place
     return "branch" if x.op == "conditional" or place == "branch" else "loop"
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from .._devices.one import Devices
 from .._sums import Accumulator, has_items
-from .._types import PyTree
+from .._types import ArrayLike, PyTree
 from .._xla.jaxprs import pruned
 from .._xla.loops import reset
 from .._xla.refs import add_backward
@@ -126,15 +126,23 @@ class Gradient:
         def zeros() -> PyTree:
             return devices.zeros(lambda x: self.accumulated.init(x).grads, call.live)
 
+        scale: ArrayLike = 1.0
         if begun is None:
             held, grads = (), zeros()
         else:
-            held, grads = devices.begin(reset(*begun)[0], zeros)
+            sums, scale = reset(*begun)
+            held, grads = devices.begin(sums, zeros)
+
+        def seed(rows: int) -> ArrayLike:
+            share = rows / unit if unweighted else 1.0
+            # The 1 that `reset` returns: else XLA:GPU may run it last.
+            return share if begun is None else share * scale
+
         out = loop.run(
             call,
             parts,
             devices,
             grads,
-            seed=lambda rows: rows / unit if unweighted else 1.0,
+            seed=seed,
         )
         return out._replace(grads=devices.end(held, out.grads))

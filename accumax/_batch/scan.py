@@ -69,7 +69,7 @@ class Loop:
         devices: Devices,
         grads: tuple[PyTree, ...],
         *,
-        seed: Callable[[int], float],
+        seed: Callable[[int], ArrayLike],
     ) -> Outcome:
         """Adds the gradient of every microbatch to `grads`, on a device.
 
@@ -80,7 +80,7 @@ class Loop:
           parts: the microbatches of the call.
           devices: the devices.
           grads: the accumulator, a tree for each of `call.argnums`.
-          seed: maps the rows of a microbatch to the factor of its gradient, static.
+          seed: maps the rows of a microbatch, static, to the factor of its gradient.
         """
         if self.in_place and is_batched((call.arrays, grads)):
             self = dataclasses.replace(self, in_place=False)
@@ -141,7 +141,7 @@ class _Term:
         frozen: dict[int, PyTree],
         parts: Parts,
         aux: PyTree,
-        seed: Callable[[int], float],
+        seed: Callable[[int], ArrayLike],
         given: PyTree,
         state: PyTree,
         devices: Devices,
@@ -233,9 +233,9 @@ class _Term:
             loss, new = self.read(live, part, state)
             value, seed = loss.value, self.seed(part.rows)
             if factor is not None:
-                seed = factor * seed
+                seed = factor * jnp.asarray(seed, factor.dtype)
             if not (isinstance(seed, float) and seed == 1):
-                value = value.astype(dtype) * seed
+                value = value.astype(dtype) * jnp.asarray(seed, dtype)
             return value, ((loss.value, loss.weight), (loss.aux, new))
 
         def taken(found: jax.Array | None) -> jax.Array | None:

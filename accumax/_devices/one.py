@@ -13,6 +13,7 @@ from .._types import ArrayLike, PyTree
 from .._xla.loops import at_most_once
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Devices:
       needs_rows: whether each call must name the arguments that hold rows, because
         devices divide the rows.
       in_place: whether a backward pass may add into the sums of a device in place.
+      sums_are_total: whether `boundary` leaves the sum over devices in the sums.
       count: the number of devices.
       parts: the number of sums that a window has, one for each device or one for all.
     """
@@ -38,6 +40,7 @@ class Devices:
 
     needs_rows = False
     in_place = True
+    sums_are_total = True
     count = 1
     parts = 1
 
@@ -175,11 +178,23 @@ class Devices:
         Raises:
           ValueError: the two do not go together.
         """
+        other.check_without_window()
         return other
+
+    def check_without_window(self) -> None:
+        """Checks that a call may use these devices although no window has them.
+
+        Raises:
+          ValueError: it may not.
+        """
 
     def init(self, init: Callable[[PyTree], PyTree], grads: PyTree) -> PyTree:
         """The accumulators of an empty window."""
         return init(grads)
+
+    def init_optimizer(self, init: Callable[[PyTree], T], params: PyTree) -> T:
+        """The state of an optimizer: `init(params)`."""
+        return init(params)
 
     def check_inside(self) -> None:
         """Checks that this code is on a device, where gradients are per-device."""
@@ -202,21 +217,29 @@ class Devices:
         self,
         applies: jax.Array,
         divide: Callable[[PyTree, jax.Array], PyTree],
-        fun: Callable[[T, Any], T],
-        carry: T,
+        fun: Callable[..., tuple[T, S]],
+        carry: tuple[T, S],
         sums: PyTree,
         weight: jax.Array,
-    ) -> tuple[T, PyTree]:
-        """Runs `carry = fun(carry, divide(total, weight))` in place if `applies`.
+        extra: Any,
+    ) -> tuple[tuple[T, S], PyTree]:
+        """Runs `carry = fun(carry, divide(total, weight), weight, extra)` in place.
 
-        It returns `(carry, sums)`. `applies` is () bool, `weight` () float, and `total`
-        the sum over devices. On one device `fun` only reads the sums, so they do not go
-        through its loop: a GPU would copy them. The division has a loop of its own:
-        where the optimizer reads the mean twice, for a norm or a matrix product, XLA
-        would materialise it (SGD with clipping: 1.0 of temp on CPU; Muon: 0.88 on GPU).
+        Only if `applies`, () bool. It returns `(carry, sums)`. `carry` are parameters
+        and the state of an optimizer, `weight` is () float, `total` the sum over
+        devices, and `extra` a replicated tree.
+
+        On one device `fun` only reads the sums, so they do not go through its loop: a
+        GPU would copy them. The division has a loop of its own: where the optimizer
+        reads the mean twice, for a norm or a matrix product, XLA would materialise it
+        (SGD with clipping: 1.0 of temp on CPU; Muon: 0.88 on GPU).
         """
         sums = at_most_once(applies, lambda sums: divide(sums, weight), sums)
-        return at_most_once(applies, lambda carry: fun(carry, sums), carry), sums
+
+        def body(carry: tuple[T, S]) -> tuple[T, S]:
+            return fun(carry, sums, weight, extra)
+
+        return at_most_once(applies, body, carry), sums
 
     def shapes(self, name: str, sums: PyTree) -> PyTree:
         """Returns `sums` of a state, or shapes, with the shapes of one device."""

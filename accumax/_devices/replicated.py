@@ -1,6 +1,7 @@
 """Devices that hold whole parameters and divide the rows of a batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,15 +11,19 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .. import _tree
-from .._types import PyTree
+from .._types import DTypeLike, PyTree
 from .._xla.jaxprs import exchanges
-from .._xla.loops import at_most_once
+from .._xla.loops import apart, at_most_once
 from .._xla.varying import is_checked, vary, varying
 from .mesh import Axes, AxisNames, MeshLike, axes_of_mesh
 from .one import ONE, Devices, fold_in
 from .specs import names_in, only, spec_of
+from .wire import all_reduce, check_dtype
 
 T = TypeVar("T")
+S = TypeVar("S")
+
+AT_ONCE = 2**16  # elements: arrays up to here are reduced together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +32,11 @@ class Replicated(Devices):
 
     Attributes:
       axes: the mesh axes of the devices.
+      reduce_dtype: the dtype in which gradients cross the network; None for their own.
     """
 
     axes: Axes
+    reduce_dtype: Any = dataclasses.field(default=None, kw_only=True)
 
     needs_rows = True
 
@@ -69,6 +76,16 @@ class Replicated(Devices):
         with jax.named_scope("accumax.reduce"):
             return lax.psum(self.vary(tree), self.names)
 
+    def sum_gradients(self, sums: T) -> T:
+        """Sums gradients over devices: an all-reduce, in `reduce_dtype`."""
+        if self.reduce_dtype is None:
+            return self.sum(sums)
+        with jax.named_scope("accumax.reduce"):
+            reduce = functools.partial(
+                all_reduce, names=self.names, dtype=self.reduce_dtype
+            )
+            return jax.tree.map(reduce, self.vary(sums))
+
     def last(self, x: jax.Array) -> jax.Array:
         dtype = x.dtype
         if jnp.issubdtype(dtype, jax.dtypes.prng_key):
@@ -102,7 +119,7 @@ class Replicated(Devices):
         return fold_in(keys, lax.axis_index(self.names))
 
     def reduce(self, own: T, fun: Callable[[Devices], T]) -> T:
-        return fun(self)
+        return apart(lambda: fun(self), seen=jax.tree.leaves(own)[0])
 
     def check_unreduced(self, name: str, tree: PyTree) -> None:
         # Under check_vma=False JAX does not say whether a value was reduced.
@@ -133,7 +150,7 @@ class Replicated(Devices):
         return (), jax.tree.map(lambda s: on_first(s, self.names), sums)
 
     def end(self, held: Any, sums: T) -> T:
-        return self.sum(sums)
+        return self.sum_gradients(sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +195,11 @@ class PerDevice(Replicated):
                 f"reduce_axis={other.names}, where the accumulate has reduce_axis="
                 f"{self.names}. Pass the same, or pass it to the accumulate alone."
             )
-        return self if other.axes.mesh is None else PerDevice(other.axes)
+        return (
+            self
+            if other.axes.mesh is None
+            else dataclasses.replace(self, axes=other.axes)
+        )
 
     def init(self, init: Callable[[PyTree], PyTree], grads: PyTree) -> PyTree:
         """Makes zeros on each device.
@@ -224,34 +245,66 @@ class PerDevice(Replicated):
         specs = self.rows, PartitionSpec()
         return self.map(on_device, (own, same), specs, specs)
 
-    def total(self, sums: T) -> T:
-        return self._reduced(sums, lambda total: total)[1]
-
     def boundary(
         self,
         applies: jax.Array,
         divide: Callable[[PyTree, jax.Array], PyTree],
-        fun: Callable[[T, Any], T],
-        carry: T,
+        fun: Callable[..., tuple[T, S]],
+        carry: tuple[T, S],
         sums: PyTree,
         weight: jax.Array,
-    ) -> tuple[T, PyTree]:
-        # The sums go through the loop, so that they are reduced in place.
-        def body(both: tuple[T, PyTree]) -> tuple[T, PyTree]:
+        extra: Any,
+    ) -> tuple[tuple[T, S], PyTree]:
+        # In a shard_map that checks types, what a loop reduces in place would have the
+        # type of a device's own.
+        typed = self.axes.in_shard_map and any(map(is_checked, self.names))
+        if not typed:
+            sums = self._in_turn(applies, sums)
+
+        def mean_of(sums: PyTree, weight: jax.Array) -> PyTree:
+            return divide(self.sum_gradients(sums) if typed else sums, weight)
+
+        # The sums go through the loop, so that they are divided in place.
+        def body(both: tuple[tuple[T, S], PyTree]) -> tuple[tuple[T, S], PyTree]:
             carry, sums = both
-            sums, mean = self._reduced(sums, divide, weight)
-            return fun(carry, mean), sums
+            sums, mean = self._on_all(mean_of, sums, weight)
+            return fun(carry, mean, weight, extra), sums
 
         return at_most_once(applies, body, (carry, sums))
 
-    def _reduced(self, sums: T, divide: Callable[..., T], *same: Any) -> tuple[T, T]:
-        """`divide(total, *same)`, in the layouts of a state and of a gradient."""
+    def _in_turn(self, applies: jax.Array, sums: T) -> T:
+        """Sums a state's sums over devices in place.
 
-        def reduced(sums: T, *same: Any) -> tuple[T, T]:
-            total = divide(self.sum(sums), *same)
+        Each large array has a loop of its own: XLA:GPU concatenates arrays to reduce
+        them together (16 matrices: temp of 1.0; with the loops, 0).
+        """
+
+        def reduce(sums: PyTree) -> PyTree:
+            def on_device(own: PyTree) -> tuple[PyTree, Any]:
+                return self.vary(self.sum_gradients(own)), ()
+
+            return self.on_each(on_device, (sums,), ())[0]
+
+        leaves, structure = jax.tree.flatten(sums)
+        large = [x.size // self.divides > AT_ONCE for x in leaves]
+        small = [x for x, alone in zip(leaves, large, strict=True) if not alone]
+        small = iter(at_most_once(applies, reduce, small))
+        return structure.unflatten(
+            at_most_once(applies, reduce, x) if alone else next(small)
+            for x, alone in zip(leaves, large, strict=True)
+        )
+
+    def total(self, sums: T) -> T:
+        return self._on_all(self.sum_gradients, sums)[1]
+
+    def _on_all(self, fun: Callable[..., T], sums: T, *same: Any) -> tuple[T, T]:
+        """`fun(sums, *same)`, in the layouts of a state and of a gradient."""
+
+        def on_device(sums: T, *same: Any) -> tuple[T, T]:
+            total = fun(sums, *same)
             return self.vary(total), total
 
-        return self.on_each(reduced, (sums,), same)
+        return self.on_each(on_device, (sums,), same)
 
     def shapes(self, name: str, sums: PyTree) -> PyTree:
         def shape(path: Any, x: Any) -> jax.ShapeDtypeStruct:
@@ -281,10 +334,26 @@ class DataParallel:
 
     Args:
       axis: the mesh axis, or a tuple of axes. Other axes stay as they are.
+      shard_optimizer: True divides the optimizer's state over the devices (ZeRO-1). It
+        is for `accumulate` and the `train_step` of one. `tx.init` makes each device's
+        part there. The call that closes a window reduce-scatters the gradient, runs the
+        optimizer on the parts, and all-gathers the parameters; no other call does.
+        Any optimizer works: XLA exchanges what a norm or a matrix product needs. An
+        array is divided along its first dimension that the devices divide. It stays
+        whole if there is none, or if that is not the first and its slices have fewer
+        than 16,384 elements. Between windows, a state may move to any number of
+        devices. Static.
+      reduce_dtype: the dtype in which gradients cross the network, such as
+        `jnp.bfloat16`. They are added up in their own, so each is rounded once, and an
+        all-reduce rounds the total once more. None for their own dtype. Static.
+      gather_dtype: with `shard_optimizer`, the dtype in which the changes of the
+        parameters cross the network. All devices add the same rounded change to the
+        same parameter. None sends the new parameters themselves. Static.
       mesh: the mesh; by default the mesh of `jax.set_mesh`.
 
     Raises:
       TypeError, ValueError: an argument is of a wrong type, or the mesh lacks the axis.
+        At the call: an optimizer that is to be sharded is run in a `jax.shard_map`.
 
     >>> import accumax, jax
     >>> import jax.numpy as jnp
@@ -297,33 +366,31 @@ class DataParallel:
     ... )
     >>> print(jax.jit(grad_fn)(1.0, jnp.arange(16.0)))
     7.5
+
+    References:
+      Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter
+      Models", arXiv 1910.02054.
     """
 
     axis: AxisNames
     _: dataclasses.KW_ONLY
+    shard_optimizer: bool = False
+    reduce_dtype: DTypeLike | None = None
+    gather_dtype: DTypeLike | None = None
     mesh: MeshLike | None = None
 
     def __post_init__(self):
         axes_of_mesh(self.axis, self.mesh)
-
-
-def check_window_axis(reduce_axis: Any) -> Devices:
-    """Returns the devices of a window with this `reduce_axis`.
-
-    Raises:
-      TypeError, ValueError: `reduce_axis` is not None, axis names or a `DataParallel`,
-        or the mesh lacks an axis.
-    """
-    if reduce_axis is None:
-        return ONE
-    return PerDevice(axes_of(reduce_axis))
-
-
-def axes_of(reduce_axis: Any) -> Axes:
-    """Returns the axes of axis names or a `DataParallel`; raises for anything else."""
-    if isinstance(reduce_axis, DataParallel):
-        return axes_of_mesh(reduce_axis.axis, reduce_axis.mesh)
-    return axes_of_mesh(reduce_axis, None)
+        if not isinstance(self.shard_optimizer, bool):
+            raise TypeError(
+                f"shard_optimizer={self.shard_optimizer!r} must be True or False."
+            )
+        check_dtype("reduce_dtype", self.reduce_dtype)
+        if check_dtype("gather_dtype", self.gather_dtype) and not self.shard_optimizer:
+            raise ValueError(
+                f"gather_dtype={self.gather_dtype!r} is for shard_optimizer=True: "
+                "without it no parameters are gathered."
+            )
 
 
 def on_first(x: jax.Array, names: tuple[str, ...]) -> jax.Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from .. import _tree
 from .._types import ArrayLike, PyTree
 from .mesh import Axes, AxisNames, MeshLike, axes_of_mesh, of_arrays
-from .one import ONE, Devices
-from .replicated import DataParallel, Replicated, axes_of, on_first
+from .one import Devices
+from .replicated import Replicated, on_first
 from .specs import names_in, only, spec_of
 
 T = TypeVar("T")
@@ -336,27 +336,6 @@ class FSDP:
         axes_of_mesh(self.axis, self.mesh)
         if not isinstance(self.once, bool):
             raise TypeError(f"once={self.once!r} must be True or False.")
-
-
-ReduceAxis: TypeAlias = AxisNames | DataParallel | FSDP
-
-
-def check_reduce_axis(reduce_axis: Any, count: int | None = None) -> Devices:
-    """Returns the devices of `reduce_axis`; one device for None.
-
-    `count` is the number of differentiated arguments, each with its own specs. None
-    stands for one argument whose specs are not in a tuple.
-
-    Raises:
-      TypeError, ValueError: it is not a `ReduceAxis`, or the mesh lacks an axis.
-    """
-    if reduce_axis is None:
-        return ONE
-    if not isinstance(reduce_axis, FSDP):
-        return Replicated(axes_of(reduce_axis))
-    axes, specs = axes_of_mesh(reduce_axis.axis, reduce_axis.mesh), reduce_axis.specs
-    each = (specs,) if count is None else (None,) * count if specs is None else specs
-    return Shards(axes, reduce_axis.once, each)
 
 
 def _is_spec(x: Any) -> bool:

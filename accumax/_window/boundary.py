@@ -109,26 +109,35 @@ def close(
     if any(_tree.wide(total.dtype) != x.dtype for total, x in pairs):
         like = window.inner.emits(*call)
 
-    accumulator, weight = window.accumulator, sums.weight
+    accumulator = window.accumulator
 
-    def apply(carry: Any, grads: PyTree) -> Any:
-        params, inner_state = carry
+    def apply(carry: Any, grads: PyTree, weight: jax.Array, extra: Any) -> Any:
+        params, (inner_state, square) = carry
         grads = accumulator.divide_half(grads, weight)
-        extra = extra_args | accumulator.means(sums)
+        square = None if square is None else square_of(grads)
         updates, inner_state = window.run(grads, seen, inner_state, params, extra)
         updates = updates if like is None else _tree.cast_like(updates, like)
-        return optax.apply_updates(params, updates), inner_state
+        return optax.apply_updates(params, updates), (inner_state, square)
 
     applies = progress.closes & divides(sums.weight)
     measure, devices = window.measure, window.devices
     noise = measure.small_batch(state, sums, applies, devices)
-    carry = live, state.inner_opt_state
+    square = None
+    if measure.names and not devices.sums_are_total:
+        square = jnp.zeros((), jnp.float32)
+    carry = live, (state.inner_opt_state, square)
     with jax.named_scope("accumax.boundary"):
-        (live, inner_state), grads = window.devices.boundary(
-            applies, accumulator.divide_in_place, apply, carry, sums.grads, weight
+        (live, (inner_state, square)), grads = devices.boundary(
+            applies,
+            accumulator.divide_in_place,
+            apply,
+            carry,
+            sums.grads,
+            sums.weight,
+            extra_args | accumulator.means(sums),
         )
     sums = sums._replace(grads=grads)
-    measures = measure.measured(state, sums, noise, applies, devices)
+    measures = measure.measured(state, sums, noise, applies, devices, square)
     new_state = window.next(state, sums, inner_state, progress, applies, measures)
     return _tree.restore(live, params), new_state
 

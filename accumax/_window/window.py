@@ -33,7 +33,7 @@ class Window:
         _tree.check_parameters("params", params)
         live = _tree.differentiable(params)
         sums = self.accumulator.init({})
-        inner_state = self.inner.init(live)
+        inner_state = self.devices.init_optimizer(self.inner.init, live)
         grads = self.inner.without_unused(gradient_of(live), inner_state, live)
         return AccumulateState(
             mini_step=jnp.zeros((), jnp.int32),

@@ -14,7 +14,7 @@ from jax import lax
 
 from .. import _tree
 from .._types import ArrayLike, PyTree
-from .varying import match_varying
+from .varying import match_varying, vary, varying, zeros
 
 T = TypeVar("T")
 
@@ -37,6 +37,31 @@ def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
 
     carry = pred, match_varying(fun, operand)
     return lax.while_loop(lambda carry: carry[0], body, carry)[1]
+
+
+def apart(fun: Callable[[], T], seen: jax.Array) -> T:
+    """`fun()`, in a loop that runs it once, which XLA does not know.
+
+    XLA:GPU arranges a computation that has collectives so that they take no time,
+    whatever memory that takes: it keeps all gradients of a backward pass until its end,
+    for the sake of a loss that is summed over devices (16 unrolled layers: temp of 1.03
+    for 0.33). One whose collectives are all in loops takes the least memory.
+
+    `seen`, () float, is any value that XLA does not know.
+    """
+    shapes = jax.eval_shape(fun)
+    dtypes = [x.dtype for x in jax.tree.leaves(shapes)]
+    if any(jnp.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes):
+        return fun()  # there are no zeros of a PRNG key
+    start = jax.tree.map(lambda x: vary(zeros(x), varying(x)), shapes)
+    always = (seen == seen) | (seen != seen)
+    carry = vary(always, frozenset()), start
+
+    def body(carry: tuple[jax.Array, T]) -> tuple[jax.Array, T]:
+        return jnp.zeros_like(carry[0]), fun()
+
+    with jax.named_scope("accumax.once"):
+        return lax.while_loop(lambda carry: carry[0], body, carry)[1]
 
 
 def after(tree: PyTree, i: int) -> jax.Array:
