@@ -35,6 +35,7 @@ class Step:
     has_aux: bool
     microbatch_size: int | None = None
     microbatches: int | None = None
+    num_microbatches: ArrayLike | None = None
     batch_argnums: Places = 1
     rng_argnums: Places = ()
     aux: PyTree = "mean"
@@ -57,10 +58,11 @@ class Step:
             return devices
         batch_argnums = 1 if self.by_rows else self.batch_argnums
         options = batch_argnums, self.rng_argnums, self.aux, self.unroll
-        if options != (1, (), "mean", 1):
+        if self.num_microbatches is not None or options != (1, (), "mean", 1):
             raise ValueError(
                 f"batch_argnums={self.batch_argnums}, rng_argnums={self.rng_argnums}, "
-                f"aux={self.aux!r} and unroll={self.unroll} are for microbatches, and "
+                f"aux={self.aux!r}, unroll={self.unroll} and num_microbatches="
+                f"{self.num_microbatches} are for microbatches, and "
                 "there are none. Pass microbatch_size or microbatches."
             )
         return devices
@@ -126,7 +128,8 @@ class Step:
         _check_keywords(window, loss, extra_args)
         gradient = self._gradient(window, devices, loss)
         model, like = gradient_of(params), (opt_state.acc_grads,)
-        call = Call((model, *args), {}, (0,), given, state, like)
+        limit = self.num_microbatches
+        call = Call((model, *args), {}, (0,), given, state, like, limit)
         first, sums = opt_state.mini_step == 0, window.sums(opt_state)
         policy = window.accumulator.nonfinite
         if not self.in_place or policy != "propagate" or weight is not None:
@@ -149,6 +152,8 @@ class Step:
             items = window.weigh(weight)
             if weight is not None:
                 items = devices.same("weight", items)
+            if limit is not None:
+                items = jnp.where(jnp.asarray(limit) > 0, items, 0)
         elif policy != "propagate":  # refuse the whole call
             items = jnp.where(out.accepted, items, 0)
         sums, accepted = add(sums, weight=items, args=extra_args, first=first)

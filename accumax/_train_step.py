@@ -81,6 +81,7 @@ def train_step(
     weighted: bool = False,
     microbatch_size: int | None = None,
     microbatches: int | None = None,
+    num_microbatches: ArrayLike | None = None,
     batch_argnums: Places = 1,
     rng_argnums: Places = (),
     aux: PyTree = "mean",
@@ -115,9 +116,10 @@ def train_step(
       has_aux: `loss_fn` returns `(loss, aux)`. Static.
       weighted: as for `accumax.value_and_grad`. The update is that of the sum of all
         losses over the sum of all weights; the reduction "sum" does not divide. Static.
-      microbatch_size, microbatches, batch_argnums, rng_argnums, aux, unroll: divide
-        each call into microbatches, as for `accumax.value_and_grad`: the same update,
-        at the memory of one microbatch. Positions count `params` as number 0. The loss
+      microbatch_size, microbatches, num_microbatches, batch_argnums, rng_argnums, aux,
+        unroll: divide each call into microbatches, as for `accumax.value_and_grad`: the
+        same update, at the memory of one microbatch. A call with `num_microbatches=0`
+        has no weight. Positions count `params` as number 0. The loss
         must be a mean over its rows for the reduction "mean", and a sum over them for
         the others. Static.
       in_place: False carries a gradient tree instead. Static.
@@ -167,6 +169,7 @@ def train_step(
         has_aux=has_aux,
         microbatch_size=microbatch_size,
         microbatches=microbatches,
+        num_microbatches=num_microbatches,
         batch_argnums=batch_argnums,
         rng_argnums=rng_argnums,
         aux=aux,

@@ -18,7 +18,7 @@ from ._batch.split import split
 from ._devices.one import ONE
 from ._devices.reduce_axis import ReduceAxis, check_reduce_axis
 from ._sums import Sums, accumulator
-from ._types import DTypeLike, PyTree
+from ._types import ArrayLike, DTypeLike, PyTree
 
 Losses: TypeAlias = Callable[..., Any] | Sequence[Callable[..., Any]]
 
@@ -30,6 +30,7 @@ def value_and_grad(
     *,
     microbatch_size: int | None = None,
     microbatches: int | None = None,
+    num_microbatches: ArrayLike | None = None,
     batch_argnums: Places = 1,
     rng_argnums: Places = (),
     weighted: bool = False,
@@ -75,9 +76,15 @@ def value_and_grad(
       argnums: the positions of the arguments to differentiate, as for
         `jax.value_and_grad`. The gradient is None at leaves that are not floating-point
         numbers.
-      has_aux: `fun` returns `(loss, aux)`. Static, as are all arguments below.
+      has_aux: `fun` returns `(loss, aux)`. Static, as are all arguments below but
+        `num_microbatches`.
       microbatch_size: the rows of a microbatch. The last microbatch may have fewer.
       microbatches: the number of microbatches instead. It must divide the rows.
+      num_microbatches: () integer, which may be traced: only the first so many of the
+        microbatches run, without compiling again, and the others cost nothing. Each
+        then has consecutive rows. A mean is over the rows of those that ran. For 0,
+        loss and gradient are 0. Of the aux, "stack" and "concat" have zeros for the
+        others. With `reduce_axis`, each device runs so many of its own.
       batch_argnums: the position of the argument that holds the batch, its name if it
         is passed by keyword, or a tuple of these: (1, 2) for `loss_fn(params, x, y)`.
         The first axis of each leaf has the rows. Every microbatch gets the other
@@ -153,6 +160,7 @@ def value_and_grad(
         losses=len(funs) if several else None,
         microbatch_size=microbatch_size,
         microbatches=microbatches,
+        num_microbatches=num_microbatches,
         batch_argnums=batch_argnums,
         rng_argnums=rng_argnums,
         weighted=weighted,
@@ -179,6 +187,7 @@ def gradients(
     losses: int | None = None,
     microbatch_size: int | None = None,
     microbatches: int | None = None,
+    num_microbatches: ArrayLike | None = None,
     batch_argnums: Places = 1,
     rng_argnums: Places = (),
     weighted: bool = False,
@@ -223,7 +232,8 @@ def gradients(
         args: tuple,
         kwargs: dict[str, Any],
     ) -> tuple[PyTree, tuple[Any, PyTree]]:
-        call = Call(args, kwargs, at(positions, args), given, state)
+        differentiated = at(positions, args)
+        call = Call(args, kwargs, differentiated, given, state, limit=num_microbatches)
         for n, live in zip(call.argnums, call.live, strict=True):
             _tree.check_parameters(f"Argument {n}", args[n])
             if jax.tree.leaves(args[n]) and not jax.tree.leaves(live):

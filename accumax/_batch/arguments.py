@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .. import _tree
 from .._types import PyTree
@@ -31,6 +32,34 @@ def check_positive(name: str, value: Any) -> int:
     if number < 1:
         raise ValueError(f"{name}={value!r} must be at least 1.")
     return number
+
+
+def check_limit(limit: Any, count: int, unroll: int | bool) -> jax.Array | None:
+    """Returns how many of `count` microbatches run, () int32; None for all.
+
+    Raises:
+      TypeError: it is not a () integer.
+      ValueError: it is known and not from 0 to `count`, or `unroll` is not 1.
+    """
+    if limit is None:
+        return None
+    dtype = _tree.dtype_of(limit)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or jnp.shape(limit):
+        raise TypeError(
+            f"num_microbatches={limit!r} must be an integer, or an array of shape () "
+            "of an integer dtype: the number of microbatches that run."
+        )
+    if unroll is True or unroll != 1:
+        raise ValueError(
+            f"num_microbatches needs a loop, and {unroll=} leaves none or another one. "
+            "Leave unroll away."
+        )
+    if not isinstance(limit, Tracer) and not 0 <= int(limit) <= count:
+        raise ValueError(
+            f"num_microbatches={int(limit)} must be from 0 to {count}, the number of "
+            "microbatches in this call."
+        )
+    return jnp.clip(jnp.asarray(limit), 0, count).astype(jnp.int32)
 
 
 def check_argnums(argnums: Any) -> tuple[int, ...]:

@@ -96,21 +96,27 @@ class Gradient:
         same: Any = PartitionSpec()
 
         def on_device(
-            args: tuple, kwargs: Any, given: Any, state: Any, begun: OpenSums | None
+            args: tuple,
+            kwargs: Any,
+            given: Any,
+            state: Any,
+            limit: Any,
+            begun: OpenSums | None,
         ) -> Outcome:
             here = dataclasses.replace(
-                call, args=args, kwargs=kwargs, given=given, state=state
+                call, args=args, kwargs=kwargs, given=given, state=state, limit=limit
             )
             if begun is not None:
                 begun = begun._replace(sums=devices.unstack(begun.sums))
             out = self._run(devices, divide, here, begun)
             return out._replace(grads=devices.stack(out.grads))
 
+        specs_of_call = tuple(specs), named, same, same, same
         losses = [Loss(same, same, aux_specs(how, devices)) for how in self.loop.aux]
         return devices.map(
             on_device,
-            (args, call.kwargs, call.given, call.state, begun),
-            (tuple(specs), named, same, same, begun and OpenSums(devices.sums, same)),
+            (args, call.kwargs, call.given, call.state, call.limit, begun),
+            (*specs_of_call, begun and OpenSums(devices.sums, same)),
             Outcome(losses, devices.sums, same, same, same),
         )
 
@@ -119,9 +125,11 @@ class Gradient:
     ) -> Outcome:
         """Runs on a device: scans over its microbatches."""
         loop, source = self.loop, self.loop.losses[0].source
-        parts = divide.parts(source, call.argnums, call.args, call.kwargs, devices)
+        parts = divide.parts(
+            source, call.argnums, call.args, call.kwargs, devices, call.limit
+        )
         unweighted = loop.mean and not loop.weighted
-        unit = parts.rows * devices.count if self.whole else parts.unit
+        unit = parts.rows_run * devices.count if self.whole else parts.unit
 
         def zeros() -> PyTree:
             return devices.zeros(lambda x: self.accumulated.init(x).grads, call.live)

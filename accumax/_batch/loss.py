@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from .. import _tree
 from .._devices.one import Devices
 from .._sums import check_weight
-from .._types import PyTree
+from .._types import ArrayLike, PyTree
 
 
 class Loss(NamedTuple):
@@ -136,6 +136,7 @@ class Call:
       given, state: see `StatefulLoss`.
       like: for each of `argnums` a tree, such as the sums of a window, whose leaves say
         which leaves are differentiated. None differentiates all.
+      limit: () integer, how many of the microbatches run; None for all.
     """
 
     args: tuple
@@ -144,6 +145,7 @@ class Call:
     given: PyTree = ()
     state: PyTree = ()
     like: tuple[PyTree, ...] | None = None
+    limit: ArrayLike | None = None
 
     @functools.cached_property
     def _floats(self) -> tuple[PyTree, ...]:

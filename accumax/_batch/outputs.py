@@ -121,7 +121,9 @@ def _stack() -> AuxReduction:
 
 def _concat() -> AuxReduction:
     def init(like: jax.ShapeDtypeStruct, parts: Parts) -> Any:
-        whole = _zeros(like, 1, (parts.size, parts.count, *like.shape[1:]))
+        axis, shape = 0 if parts.consecutive else 1, list(like.shape)
+        shape.insert(axis, parts.count)
+        whole = _zeros(like, axis, tuple(shape))
         shape = parts.tail, *like.shape[1:]
         rest = jax.ShapeDtypeStruct(shape, like.dtype, sharding=like.sharding)
         return whole, zeros(rest)
@@ -130,7 +132,8 @@ def _concat() -> AuxReduction:
         (whole, rest), x = carry, _tree.strong(x)
         if part.tail:
             return whole, x
-        return lax.dynamic_update_index_in_dim(whole, x, part.index, 1), rest
+        axis = 0 if part.consecutive else 1
+        return lax.dynamic_update_index_in_dim(whole, x, part.index, axis), rest
 
     def result(carry: Any, like: Any, parts: Parts, weight: jax.Array) -> jax.Array:
         whole, rest = carry

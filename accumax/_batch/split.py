@@ -13,11 +13,12 @@ from jax.sharding import PartitionSpec
 from .._devices.one import ONE, Devices, fold_in
 from .._devices.specs import only
 from .._types import ArrayLike, PyTree
-from .._xla.loops import after
+from .._xla.loops import after, at_most_once
 from .._xla.varying import explicit_axes, match_varying
 from .arguments import (
     Place,
     check_keys,
+    check_limit,
     check_places,
     check_positive,
     check_rows,
@@ -38,12 +39,14 @@ class Part:
       index: () integer, its number.
       rows: the number of its rows.
       tail: whether it is the last, smaller microbatch.
+      consecutive: whether its rows are consecutive in the batch.
     """
 
     call: Callable[[], tuple[tuple, dict[str, Any]]]
     index: ArrayLike
     rows: int
     tail: bool
+    consecutive: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Parts:
       part: `(i, tail=False) -> Part`: microbatch i, () integer below `count`. With
         `tail`, the smaller microbatch; i is then `count`.
       unroll: see `Split`.
+      limit: () integer, how many of the microbatches run; None for all.
     """
 
     rows: int
@@ -75,6 +79,20 @@ class Parts:
     divide: Callable[[PyTree], Callable[[ArrayLike, bool], PyTree]]
     part: Callable[..., Part]
     unroll: int | bool
+    limit: jax.Array | None = None
+
+    @property
+    def consecutive(self) -> bool:
+        """Whether a microbatch has consecutive rows, so that the first ones can run."""
+        return self.limit is not None
+
+    @property
+    def rows_run(self) -> ArrayLike:
+        """The rows of the microbatches that run: `rows`, or () int32."""
+        if self.limit is None:
+            return self.rows
+        last = jnp.where(self.limit > self.count, self.tail, 0)
+        return self.size * jnp.minimum(self.limit, self.count) + last
 
     def scan(self, body: Callable[[T, Part], T], carry: T) -> T:
         """Runs `carry = body(carry, part)` for each microbatch, and returns `carry`.
@@ -89,6 +107,8 @@ class Parts:
         for part in self.each():
             carry = match_varying(lambda carry, part=part: body(carry, part), carry)
         with jax.named_scope("accumax.microbatches"):
+            if self.limit is not None:
+                return self._first(body, carry, self.limit)
             if self.unroll is True:
                 for i in range(self.count):
                     carry = body(carry, self.part(after(carry, i)))
@@ -98,6 +118,26 @@ class Parts:
             if self.tail:
                 carry = body(carry, self.part(after(carry, self.count), True))
             return carry
+
+    def _first(self, body: Callable[[T, Part], T], carry: T, limit: jax.Array) -> T:
+        """Runs the first `limit` microbatches."""
+        last = jnp.minimum(limit, self.count)
+
+        def turn(both: tuple[jax.Array, T]) -> tuple[jax.Array, T]:
+            i, carry = both
+            return i + 1, body(carry, self.part(i))
+
+        def goes_on(both: tuple[jax.Array, T]) -> jax.Array:
+            return both[0] < last
+
+        _, carry = lax.while_loop(goes_on, turn, (jnp.int32(0), carry))
+        if not self.tail:
+            return carry
+
+        def tail(carry: T) -> T:
+            return body(carry, self.part(after(carry, self.count), True))
+
+        return at_most_once(limit > self.count, tail, carry)
 
     def each(self) -> list[Part]:
         """Returns one microbatch of each size, to find the shapes of its outputs."""
@@ -177,10 +217,12 @@ class Split:
         args: tuple,
         kwargs: dict[str, Any],
         devices: Devices = ONE,
+        limit: ArrayLike | None = None,
     ) -> Parts:
         """Divides the call `fun(*args, **kwargs)`, differentiated at `argnums`.
 
-        Microbatch i of k has rows i, k + i, 2 k + i, ... The tail has the last rows. If
+        Microbatch i of k has rows i, k + i, 2 k + i, ... The tail has the last rows.
+        With a `limit`, only so many microbatches run, each of consecutive rows. If
         the batch is sharded over devices, each microbatch is sharded in the same way
         and no row moves, provided that the number of devices divides `microbatch_size`
         and there is no tail. A microbatch of consecutive rows would be on one device.
@@ -200,9 +242,12 @@ class Split:
         check_shared(shared, rows, argnums, self.batch_argnums)
         size, count = self._sizes(rows)
         tail = rows - size * count
+        limit = check_limit(limit, count + (tail > 0), self.unroll)
         if tail:
             _check_tail([call[place] for place in batches], rows, size)
-        divide = functools.partial(_rows_of, size=size, count=count, tail=tail)
+        divide = functools.partial(
+            _rows_of, size=size, count=count, tail=tail, consecutive=limit is not None
+        )
         # A tuple, because JAX cannot sort a dict of positions and keywords.
         cut = divide(tuple(call[place] for place in batches))
 
@@ -213,11 +258,13 @@ class Split:
                 by_place = tuple(here[n] for n in range(len(args)))
                 return by_place, {name: here[name] for name in kwargs}
 
-            return Part(own, i, tail if last else size, last)
+            return Part(own, i, tail if last else size, last, limit is not None)
 
         unit = 2 ** (size - 1).bit_length() if tail else size
         places = frozenset(batches)
-        return Parts(rows, size, count, tail, unit, places, divide, part, self.unroll)
+        return Parts(
+            rows, size, count, tail, unit, places, divide, part, self.unroll, limit
+        )
 
     def _places(
         self,
@@ -289,7 +336,7 @@ def split(
 
 
 def _rows_of(
-    tree: PyTree, *, size: int, count: int, tail: int
+    tree: PyTree, *, size: int, count: int, tail: int, consecutive: bool
 ) -> Callable[[ArrayLike, bool], PyTree]:
     """Returns `(i, last) -> rows` of microbatch i, or of the tail if `last`."""
     tree = jax.tree.map(jnp.asarray, tree)
@@ -302,6 +349,8 @@ def _rows_of(
                 # `after` hides the start index, so XLA cannot begin the tail before the
                 # scan ends; otherwise both keep activations alive.
                 return lax.dynamic_slice_in_dim(x, i * size, tail)
+            if consecutive:
+                return lax.dynamic_slice_in_dim(x, i * size, size)
             if tail:
                 each = i + count * jnp.arange(size)
                 return x.at[each].get(mode="promise_in_bounds")

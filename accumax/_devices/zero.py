@@ -15,12 +15,14 @@ from .._xla.loops import at_most_once
 from .mesh import of_arrays
 from .replicated import PerDevice
 from .sharded import Cut
+from .specs import joined, spec_of
 from .wire import all_gather, reduce_scatter
 
 T = TypeVar("T")
 S = TypeVar("S")
 
 LEAST = 2**14  # elements that are worth a collective of their own
+LEAST_IN_TURNS = 2**18  # elements that are gathered in turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,12 @@ class Zero1(PerDevice):
 
     def init_optimizer(self, init: Callable[[PyTree], T], params: PyTree) -> T:
         self._check_outside()
-        return jax.jit(lambda params: self._divided(init(params)))(params)
+        alike = _specs_of_state(init, params)
+
+        def divided(params: PyTree) -> T:
+            return self._divided(init(params), alike)
+
+        return jax.jit(divided)(params)
 
     def boundary(
         self,
@@ -166,23 +173,29 @@ class Zero1(PerDevice):
         run: Any = jax.sharding.auto_axes(on_arrays, out_sharding=out)
         return run(*arrays.values())
 
-    def _divided(self, tree: T) -> T:
-        """Constrains the arrays of `tree` to be divided."""
+    def _divided(self, tree: T, others: PyTree = None) -> T:
+        """Constrains the arrays of `tree` to be divided.
+
+        `others` has the sharding of each over the mesh's other axes; None for any.
+        """
         mesh, free = self.axes.where(), PartitionSpec.UNCONSTRAINED
 
-        def place(x: Any) -> Any:
+        def place(x: Any, other: PartitionSpec | None) -> Any:
             cut = self.cut(x)
-            if not cut.dims:
-                return x
             if self.axes.explicit:
                 return jax.sharding.reshard(x, NamedSharding(mesh, cut.spec))
-            spec = [free] * x.ndim
+            spec = [free] * x.ndim if other is None else [*other]
+            spec += [None] * (x.ndim - len(spec))
             for dim, names in cut.dims:
-                spec[dim] = names
+                spec[dim] = names if spec[dim] is free else joined(names, spec[dim])
+            if all(entry is free for entry in spec):
+                return x
             sharding = NamedSharding(mesh, PartitionSpec(*spec))
             return lax.with_sharding_constraint(x, sharding)
 
-        return jax.tree.map(place, tree)
+        leaves, structure = jax.tree.flatten(tree)
+        known = [None] * len(leaves) if others is None else others
+        return structure.unflatten(map(place, leaves, known))
 
     def _specs(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: self.cut(x).spec, tree)
@@ -190,6 +203,31 @@ class Zero1(PerDevice):
     def _check_outside(self) -> None:
         if self.axes.in_shard_map:
             self.check_inside()
+        others = [name for name in self.axes.explicit if name not in self.names]
+        if others:
+            raise ValueError(
+                f"shard_optimizer=True and a mesh with the explicit axes {others} "
+                "besides reduce_axis do not go together: the types of arrays would "
+                "have to say how each product of the optimizer is divided. Make these "
+                "axes AxisType.Auto."
+            )
+
+
+def _specs_of_state(init: Callable[[PyTree], Any], params: PyTree) -> list[Any]:
+    """The sharding of each array of `init(params)`, as far as it is that of parameters.
+
+    Under jit, nothing would say it: zeros do not depend on the parameters. An array
+    belongs to the parameter of its shape whose path is the end of its own.
+    """
+    found = jax.tree_util.tree_leaves_with_path(params)
+    specs = {(path, jnp.shape(p)): spec_of(p) for path, p in found}
+
+    def spec(path: tuple[Any, ...], x: Any) -> PartitionSpec:
+        ends = [(path[i:], jnp.shape(x)) for i in range(len(path) + 1)]
+        return next((specs[end] for end in ends if end in specs), PartitionSpec())
+
+    state = jax.eval_shape(init, params)
+    return [spec(*leaf) for leaf in jax.tree_util.tree_leaves_with_path(state)]
 
 
 def scatter(
@@ -218,18 +256,38 @@ def gather(
     A `part` of another dtype is what is to be added to `old`.
     """
 
-    def gathered(x: jax.Array, old: jax.Array) -> jax.Array:
-        x = all_gather(x, names)
-        return x if x.dtype == old.dtype else old + x.astype(old.dtype)
-
     if dim == 0:
-        return gathered(part, old)
+        return _gather_rows(part, names, old)
     parts = part.reshape(-1, *part.shape[dim:])
 
     def write(i: jax.Array, whole: jax.Array) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(
-            whole, gathered(parts[i], whole[i]), i, 0
-        )
+        new = _added(all_gather(parts[i], names), whole[i])
+        return lax.dynamic_update_index_in_dim(whole, new, i, 0)
 
     whole = lax.fori_loop(0, len(parts), write, old.reshape(-1, *old.shape[dim:]))
     return whole.reshape(old.shape)
+
+
+def _gather_rows(part: jax.Array, names: tuple[str, ...], old: jax.Array) -> jax.Array:
+    """`gather` along the first dimension, some rows of each device at a time.
+
+    A loop writes into the memory of `old`. For an all-gather of the whole array,
+    XLA:TPU copies all parameters before the loop at the boundary, in every call.
+    """
+    count, rows = len(old) // len(part), len(part)
+    turns = next(n for n in range(8, 0, -1) if rows % n == 0)
+    if old.size < LEAST_IN_TURNS or turns == 1:
+        return _added(all_gather(part, names), old)
+    parts = part.reshape(turns, rows // turns, *part.shape[1:])
+    shape = count, turns, *parts.shape[1:]
+
+    def write(i: jax.Array, whole: jax.Array) -> jax.Array:
+        here = lax.dynamic_index_in_dim(whole, i, 1, keepdims=False)
+        new = all_gather(parts[i], names).reshape(here.shape)
+        return lax.dynamic_update_index_in_dim(whole, _added(new, here), i, 1)
+
+    return lax.fori_loop(0, turns, write, old.reshape(shape)).reshape(old.shape)
+
+
+def _added(x: jax.Array, old: jax.Array) -> jax.Array:
+    return x if x.dtype == old.dtype else old + x.astype(old.dtype)
