@@ -89,6 +89,7 @@ from jax.sharding import PartitionSpec as P
 from programs import bytes_of
 
 import accumax
+from accumax._devices.reduce_axis import check_window_axis
 
 
 class Case(NamedTuple):
@@ -97,13 +98,14 @@ class Case(NamedTuple):
     Attributes:
       form: the step.
       calls: in a window. A call has EVERY microbatches where a window is one call.
-      apart: whether `acc_grads` has the sum of each device.
+      apart: the devices that have a sum each in `acc_grads`, and perhaps a part of the
+        optimizer's state each; None if the state is an ordinary one.
       params: how parameters are sharded; the optimizer's moments are sharded alike.
     """
 
     form: Form
     calls: int = 1
-    apart: bool = False
+    apart: accumax.DataParallel | None = None
     params: Any = P()
 
 
@@ -133,6 +135,8 @@ AUTO = "automatic sharding"
 REDUCED = "value_and_grad(reduce_axis)"
 PLAIN = "train_step(reduce_axis)"
 APART = "accumulate(reduce_axis)"
+ZERO = "accumulate(shard_optimizer)"
+STEP = "no accumulation"
 LAYERS, ONCE = "FSDP", "FSDP(once=True)"
 BARRED = REDUCED, PLAIN, APART
 PLACES: Any = ("loop",), ("boundary", "branch"), ("outside",)
@@ -161,19 +165,27 @@ def within_a_call(model: Model, mesh: Mesh) -> dict[str, Case]:
 def across_calls(model: Model, mesh: Mesh) -> dict[str, Case]:
     """A window of EVERY calls."""
     loss, multi = model.loss, optax.MultiSteps(ADAMW, EVERY).gradient_transformation()
-    plain = accumax.accumulate(ADAMW, EVERY)
+    alone = accumax.accumulate(ADAMW, EVERY)
     devices = accumax.DataParallel(AXIS, mesh=mesh)
-    apart = accumax.accumulate(ADAMW, EVERY, reduce_axis=devices)
+    zero = accumax.DataParallel(AXIS, shard_optimizer=True, mesh=mesh)
+
+    def across(devices: accumax.DataParallel) -> Case:
+        tx = accumax.accumulate(ADAMW, EVERY, reduce_axis=devices)
+        return Case(fused(tx), EVERY, apart=devices)
 
     def fused(tx: optax.GradientTransformation, **options: Any) -> Form:
         return Form(accumax.train_step(loss, tx, **options), tx.init)
 
     gradient = jax.value_and_grad(loss)
+    plain = forms.whole(forms.applied(ADAMW), gradient)
     return {
+        # A batch that is one microbatch on each device.
+        STEP: Case(plain, EVERY),
         forms.MULTISTEPS: Case(forms.whole(forms.applied(multi), gradient), EVERY),
-        forms.TRAIN_STEP: Case(fused(plain), EVERY),
-        PLAIN: Case(fused(plain, reduce_axis=devices), EVERY),
-        APART: Case(fused(apart), EVERY, apart=True),
+        forms.TRAIN_STEP: Case(fused(alone), EVERY),
+        PLAIN: Case(fused(alone, reduce_axis=devices), EVERY),
+        APART: across(devices),
+        ZERO: across(zero),
     }
 
 
@@ -227,8 +239,12 @@ def compiled(case: Case, model: Model, mesh: Mesh) -> Found:
     alike = {s.shape: s.sharding.spec for s in jax.tree.leaves(placed)}
     state = jax.eval_shape(case.form.init, params)
     specs = jax.tree.map(lambda s: alike.get(s.shape, P()), state)
-    if case.apart:
+    if case.apart is not None:
         specs = specs._replace(acc_grads=P(AXIS))
+        if case.apart.shard_optimizer:
+            devices: Any = check_window_axis(case.apart)
+            parts = jax.tree.map(lambda s: devices.cut(s).spec, state.inner_opt_state)
+            specs = specs._replace(inner_opt_state=parts)
     given = placed, place(state, specs)
     kept = jax.tree.map(lambda s: s.sharding, given)
     step = jax.jit(
@@ -305,6 +321,18 @@ def bars(found: dict[str, Found]) -> list[report.Bar]:
         if name != PLAIN:  # which reduces in every call
             what = f"gradients reduced in a window, {name}"
             limits.append((what, f.volume(REDUCTIONS), 1.001))
+    if ZERO in found:
+        f = found[ZERO]
+        limits += [
+            (f"memory of {ZERO} / {STEP}", f.total / found[STEP].total, 0.65),
+            (f"gradients reduced in a window, {ZERO}", f.volume(REDUCTIONS), 1.002),
+            (f"parameters gathered in a window, {ZERO}", f.volume(GATHERS), 1.002),
+            (
+                f"parameters gathered elsewhere, {ZERO}",
+                f.volume(GATHERS, "loop", "outside"),
+                0,
+            ),
+        ]
     return limits
 
 

@@ -1,6 +1,6 @@
 r"""Several devices: the big batch's update, with one all-reduce of gradients in it.
 
-A small net (Flax Linen) learns scikit-learn's digits three times, from the same seed
+A small net (Flax Linen) learns scikit-learn's digits five times, from the same seed
 and with the same batches: the whole batch on one device, with plain Optax; and over all
 devices, in 4 calls of 4 microbatches, by automatic sharding and with
 
@@ -8,10 +8,12 @@ devices, in 4 calls of 4 microbatches, by automatic sharding and with
     step = accumax.train_step(loss_fn, tx, microbatch_size=32, weighted=True)
 
 with which each device has a sum of its own, and these are added up when the window
-closes. Automatic sharding reduces the gradient of every microbatch. The loss is a
-weighted mean: digits that are mixed up easily count three times, and what fills up the
-last batch of an epoch counts nothing, so the devices' weights differ, and some are 0.
-Run it in the repository with
+closes. Automatic sharding reduces the gradient of every microbatch. "ZeRO-1" divides
+the optimizer's state too, with reduce_axis=DataParallel("data", shard_optimizer=True),
+and "bf16 wire" also sends gradients and changes of parameters in half precision. The
+loss is a weighted mean: digits that are mixed up easily count three times, and what
+fills up the last batch of an epoch counts nothing, so the devices' weights differ, and
+some are 0. Run it in the repository with
 
     pip install -e ".[examples]"
     python examples/data_parallel.py       # 8 virtual devices, or all GPUs or TPUs
@@ -19,19 +21,32 @@ Run it in the repository with
 
 The first prints this, within half a minute on two CPU cores, and draws the picture:
 
-                                   one device    automatic  reduce_axis
-    test accuracy                       97.50        97.50        97.50 %
-    parameters moved by               1.2e-01      1.2e-01      1.2e-01
-      off the first column by         0.0e+00      4.2e-07      4.0e-07
-    peak memory of a device              7.56         1.85         1.77 MiB
-    time per update                         8           92           20 ms
-    reduced per update                   0.00         4.70         0.29 MiB
+                              one device   automatic reduce_axis      ZeRO-1   bf16 wire
+    test accuracy, %               97.50       97.50       97.50       97.50       97.50
+    parameters moved by          1.2e-01     1.2e-01     1.2e-01     1.2e-01     1.2e-01
+      off the first way by       0.0e+00     3.6e-07     3.7e-07     3.7e-07     1.6e-03
+    memory of a device, MiB         7.56        1.77        1.77        0.76        0.88
+    time per update, ms               19         277          71          92         122
+    sent per update, MiB            0.00        8.22        0.51        0.51        0.26
 
     in a call on 8 devices; 4 are an update
-      automatic    4 x all-reduce   307,752 bytes in the loop over microbatches
-                   4 x all-reduce         8 bytes in the loop over microbatches
-      reduce_axis  1 x all-reduce   307,752 bytes at a window's end
-                   1 x all-reduce        12 bytes in a call
+      automatic     4 x all-reduce       307,756 bytes in the loop over microbatches
+                    4 x all-reduce             4 bytes in the loop over microbatches
+      reduce_axis   1 x all-reduce       307,752 bytes at a window's end
+                    1 x all-reduce            12 bytes in a call
+      ZeRO-1        4 x all-gather        65,536 bytes at a window's end
+                    1 x all-gather        32,768 bytes at a window's end
+                    4 x reduce-scatter     8,192 bytes at a window's end
+                    1 x all-gather         5,120 bytes at a window's end
+                    1 x reduce-scatter     4,096 bytes at a window's end
+                    1 x all-reduce            12 bytes in a call
+      bf16 wire     4 x all-to-all        32,768 bytes at a window's end
+                    4 x all-gather        32,768 bytes at a window's end
+                    1 x all-to-all        16,384 bytes at a window's end
+                    1 x all-gather        16,384 bytes at a window's end
+                    1 x all-to-all         2,560 bytes at a window's end
+                    1 x all-gather         2,560 bytes at a window's end
+                    1 x all-reduce            12 bytes in a call
 
 The time is that of eight devices that share two cores. The same file runs in several
 processes, of which each passes rows of its own, and the first one prints and draws. JAX
@@ -48,6 +63,7 @@ Elsewhere they are told where the first one is, as in two terminals of one machi
 """
 
 import argparse
+import functools
 import math
 import os
 import re
@@ -74,7 +90,13 @@ import accumax
 MIB = 2**20
 VIRTUAL = 8  # devices that the CPU shows, in all processes together
 CONFUSED = (3, 8, 9)  # the digits that count three times
-WAYS = {"whole": "one device", "automatic": "automatic", "own": "reduce_axis"}
+WAYS = {
+    "whole": "one device",
+    "automatic": "automatic",
+    "own": "reduce_axis",
+    "divided": "ZeRO-1",
+    "half": "bf16 wire",
+}
 LOOP, CALL, WINDOW = "in the loop over microbatches", "in a call", "at a window's end"
 
 
@@ -105,6 +127,12 @@ class Collective(NamedTuple):
     op: str
     bytes: int  # of its result
     where: str
+
+    def sent(self, devices: int) -> float:
+        """The bytes that a device sends, in a ring."""
+        share = (devices - 1) / devices
+        factor = {"all-reduce": 2 * share, "reduce-scatter": devices - 1}
+        return factor.get(self.op, share) * self.bytes
 
 
 class Run(NamedTuple):
@@ -174,10 +202,10 @@ def collectives(text: str) -> dict[Collective, int]:
                 count = re.findall(r'known_trip_count":\{"n":"(\d+)"', line)
                 # XLA:TPU has it in the loop's condition only.
                 count += re.findall(r"constant\((\d+)\)", "".join(bodies[loop[1]]))
+                turns = times * int(count[0]) if count else times
                 if "accumax.boundary" in line:
                     inside = WINDOW
                 elif count:
-                    turns = times * int(count[0])
                     inside = LOOP if where == CALL else where
             for other in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
                 walk(other, turns, inside)
@@ -216,16 +244,15 @@ def train(
 
     memory, found = compiled.memory_analysis(), collectives(compiled.as_text() or "")
     assert memory is not None
-    reduced = sum(
-        times * one.bytes * (1 if one.where == WINDOW else calls)
+    sent = sum(
+        times * one.sent(jax.device_count()) * (1 if one.where == WINDOW else calls)
         for one, times in found.items()
-        if "reduce" in one.op
     )
     # What comes out lies where the donated arguments were, so it adds nothing.
     figures = {
         "memory": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "seconds": statistics.median(seconds[1:] or seconds),  # the first warms up
-        "reduced": reduced,
+        "sent": sent if way != "whole" else 0,
     }
     return Run(jax.tree.map(np.array, params), losses, figures, found)
 
@@ -237,45 +264,56 @@ def distance(a: Any, b: Any) -> float:
 
 
 def report(runs: dict[str, Run], every: int) -> str:
-    """The figures of the three runs side by side, and the collectives of a call."""
-    lines = [" " * 28 + "".join(f"{WAYS[way]:>13}" for way in runs)]
-    for label, key, scale, form, unit in (
-        ("test accuracy", "accuracy", 100, ".2f", "%"),
-        ("parameters moved by", "movement", 1, ".1e", ""),
-        ("  off the first column by", "difference", 1, ".1e", ""),
-        ("peak memory of a device", "memory", 1 / MIB, ".2f", "MiB"),
-        ("time per update", "seconds", 1e3, ".0f", "ms"),
-        ("reduced per update", "reduced", 1 / MIB, ".2f", "MiB"),
+    """The figures of the runs side by side, and the collectives of a call."""
+    lines = [" " * 24 + "".join(f"{WAYS[way]:>12}" for way in runs)]
+    for label, key, scale, form in (
+        ("test accuracy, %", "accuracy", 100, ".2f"),
+        ("parameters moved by", "movement", 1, ".1e"),
+        ("  off the first way by", "difference", 1, ".1e"),
+        ("memory of a device, MiB", "memory", 1 / MIB, ".2f"),
+        ("time per update, ms", "seconds", 1e3, ".0f"),
+        ("sent per update, MiB", "sent", 1 / MIB, ".2f"),
     ):
         values = [run.figures[key] * scale for run in runs.values()]
-        cells = "".join(f"{value:13{form}}" for value in values)
-        lines.append(f"{label:28}{cells} {unit}".rstrip())
+        lines.append(f"{label:24}" + "".join(f"{value:12{form}}" for value in values))
     lines += ["", f"in a call on {jax.device_count()} devices; {every} are an update"]
     for way, run in runs.items():
         name = WAYS[way]
         for one, times in sorted(run.collectives.items(), key=lambda x: -x[0].bytes):
+            if one.where == WINDOW and one.bytes < 1000:
+                continue
             what = f"{times} x {one.op}"
-            lines.append(f"  {name:13}{what:15}{one.bytes:>9,} bytes {one.where}")
+            lines.append(f"  {name:14}{what:19}{one.bytes:>9,} bytes {one.where}")
             name = ""
     return "\n".join(lines)
 
 
 def draw(runs: dict[str, Run], path: Path) -> None:
-    """The loss curves, and the bytes that both ways reduce in an update."""
-    figure = Figure(figsize=(10, 4), layout="constrained")  # no pyplot, so no display
-    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
-    styles = (("#9ecae1", 8, "-"), ("#495057", 3, "-"), ("#d9480f", 1.5, "--"))
+    """The loss curves, and what each way takes of a device and of the network."""
+    figure = Figure(figsize=(12, 4), layout="constrained")  # no pyplot, so no display
+    left, *others = figure.subplots(1, 3, width_ratios=(4, 3, 3))
+    styles = (
+        ("#9ecae1", 8, "-"),
+        ("#495057", 5, "-"),
+        ("#d9480f", 3, "--"),
+        ("#2b8a3e", 1.5, "-"),
+        ("#862e9c", 1, ":"),
+    )
     for (way, run), (color, width, line) in zip(runs.items(), styles, strict=True):
         name, updates = WAYS[way], range(1, len(run.losses) + 1)
         left.plot(updates, run.losses, line, color=color, linewidth=width, label=name)
-        if way != "whole":
-            bar = right.bar(name, run.figures["reduced"] / MIB, width=0.6, color=color)
-            right.bar_label(bar, fmt="%.2f MiB", padding=3)
+        for axes, key in zip(others, ("memory", "sent"), strict=True):
+            if way != "whole":
+                bar = axes.barh(name, run.figures[key] / MIB, height=0.6, color=color)
+                axes.bar_label(bar, fmt="%.2f MiB", padding=3)
     left.set(title="Training loss", xlabel="update", yscale="log")
     left.legend(frameon=False)
-    right.set(title="Reduced per update", ylabel="MiB")
-    right.margins(y=0.1)
-    for axes in (left, right):
+    titles = "Memory of a device", "Sent per update"
+    for axes, title in zip(others, titles, strict=True):
+        axes.set(title=title, xlabel="MiB")
+        axes.margins(x=0.3)
+        axes.invert_yaxis()
+    for axes in (left, *others):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, format="png", dpi=150)
 
@@ -336,7 +374,7 @@ def connect(flags: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains the three ways, prints the tables and draws the figure."""
+    """Trains all ways, prints the tables and draws the figure."""
     flags = parse(argv)
     devices = connect(flags)
     training, test = load()
@@ -377,7 +415,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         return jax.make_array_from_process_local_data(by_row, own)
 
     args = [parts(batch, flags.every) for batch in batches], place
-    for way, reduce_axis in (("automatic", None), ("own", "data")):
+    zero = functools.partial(accumax.DataParallel, "data", shard_optimizer=True)
+    half = {"reduce_dtype": jax.numpy.bfloat16, "gather_dtype": jax.numpy.bfloat16}
+    for way, reduce_axis in (
+        ("automatic", None),
+        ("own", "data"),
+        ("divided", zero()),
+        ("half", zero(**half)),
+    ):
         with jax.set_mesh(mesh):
             tx = accumax.accumulate(inner, flags.every, reduce_axis=reduce_axis)
             step = accumax.train_step(

@@ -27,6 +27,9 @@ import numpy as np
 DEVICES, EVERY, CALLS, ROWS = 8, 3, 8, 32
 DIES = 6  # the call in which a victim dies, which closes a window
 
+# Of numbers whose sums are exact, and then with an optimizer state in parts (ZeRO-1).
+DATA = "integers", "reals", "divided"
+
 # Where the victim is then, which waits there for its end: before the step, so that the
 # other one is in a collective; before the save, so that it is in a barrier of Orbax; or
 # while both still write, so that the checkpoint may be left half written.
@@ -52,8 +55,8 @@ def start() -> Any:
     """The parameters of two layers."""
     chance = np.random.default_rng(0)
     return {
-        "in": chance.integers(-8, 9, (6, 4)) / np.float32(8),
-        "out": chance.integers(-8, 9, (4, 2)) / np.float32(8),
+        "in": chance.integers(-8, 9, (6, 8)) / np.float32(8),
+        "out": chance.integers(-8, 9, (8, 2)) / np.float32(8),
         "bias": np.zeros(2, np.float32),
     }
 
@@ -69,7 +72,8 @@ def training(data: str) -> tuple[Any, Any]:
     # integers all parameters then are multiples of 1/8, and sums of gradients are exact
     # in any order: gloo and XLA's own collective add in different ones.
     inner = optax.adamw(1e-2) if data == "reals" else optax.lion(1 / 8, weight_decay=0)
-    tx = accumax.accumulate(inner, every=EVERY, reduce_axis="data")
+    over = accumax.DataParallel("data", shard_optimizer=data == "divided")
+    tx = accumax.accumulate(inner, every=EVERY, reduce_axis=over)
 
     def loss_fn(params: Any, rows: Any) -> Any:
         hidden = jax.nn.relu(rows["x"] @ params["in"])
@@ -312,7 +316,7 @@ def different(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=["integers", "reals"], default="integers")
+    parser.add_argument("--data", choices=DATA, default="integers")
     parser.add_argument("--victim", type=int, choices=[0, 1], default=1)
     parser.add_argument("--place", choices=PLACES, default="")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)

@@ -31,10 +31,16 @@ def of_all(shards, words):
     return {path: np.stack([leaf[n] for n in devices]) for path, leaf in found.items()}
 
 
-def test_two_processes_of_four_devices_end_with_the_bits_of_one_of_eight():
-    one, two = (undisturbed("integers", number) for number in (1, 2))
+@pytest.mark.parametrize("data", ["integers", "divided"])
+def test_two_processes_of_four_devices_end_with_the_bits_of_one_of_eight(data):
+    one, two = (undisturbed(data, number) for number in (1, 2))
     assert one.first == two.first == 0
     assert processes.different(one.shards, two.shards) == []
+    if data == "divided":  # the same bits as with whole states
+        (parts,) = of_all(two.shards, "inner_opt_state mu['out']").values()
+        whole = undisturbed("integers", 2).shards
+        (momentum,) = of_all(whole, "inner_opt_state mu['out']").values()
+        np.testing.assert_array_equal(parts.reshape(8, 2), momentum[0])
 
 
 @pytest.mark.parametrize("data", ["integers", "reals"])
@@ -69,21 +75,27 @@ def test_two_processes_round_real_numbers_as_one_does():
 
 
 @pytest.mark.parametrize(
-    ("victim", "place"),
-    [(0, "step"), (1, "step"), (1, "save"), (0, "write"), (1, "write")],
+    ("victim", "place", "data"),
+    [
+        (0, "step", "reals"),
+        (1, "step", "divided"),
+        (1, "save", "reals"),
+        (0, "write", "reals"),
+        (1, "write", "divided"),
+    ],
 )
 def test_a_killed_process_ends_the_other_and_a_restart_loses_nothing(
-    victim, place, tmp_path
+    victim, place, data, tmp_path
 ):
     """Process 0 is the coordinator, whose death is another error than that of 1."""
     steps = tmp_path / "steps"
-    death = processes.kill(steps, "reals", victim, place)
+    death = processes.kill(steps, data, victim, place)
     assert death.code not in (0, -signal.SIGKILL), death.log
     assert "another task died" in death.log, death.log
     # What was half written has another name, and is not taken for a checkpoint.
     newest = max(int(path.name) for path in steps.iterdir() if path.name.isdigit())
     last = processes.DIES - 1
     assert newest in ((last, last + 1) if place == "write" else (last,))
-    end = processes.run(steps, "reals", 2)
+    end = processes.run(steps, data, 2)
     assert end.first == newest
-    assert processes.different(undisturbed("reals", 2).shards, end.shards) == []
+    assert processes.different(undisturbed(data, 2).shards, end.shards) == []
