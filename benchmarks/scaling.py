@@ -7,9 +7,10 @@ It compiles the programs of `collectives.py` for eight devices, and runs nothing
     python benchmarks/scaling.py tpu    # eight TPU v5e that need not be there
     python benchmarks/scaling.py cpu --size 4,256,4,1024,64     # a smaller model
 
-A window is one call with eight microbatches. What a program for eight devices executes
-is taken for what one for more would; the bytes are those of rings, in the islands that
-fast links connect and then between them, at what vendors state. Nothing overlaps.
+A window has eight microbatches, in one call or in eight. What a program for eight
+devices executes is taken for what one for more would; the bytes are those of rings, in
+the islands that fast links connect and then between them, at what vendors state.
+Nothing overlaps.
 """
 
 from collections.abc import Callable
@@ -18,9 +19,13 @@ from typing import NamedTuple
 import numpy as np
 import report
 from collectives import (
+    APART,
     AUTO,
     AXIS,
     REDUCED,
+    STEP,
+    ZERO,
+    across_calls,
     every,
     setting,
     sharded,
@@ -122,13 +127,33 @@ def print_scaling(found: dict[str, Found], target: str) -> None:
         )
 
 
+def memory(f: Found, name: str, here: int, count: int) -> float:
+    """Arguments and temp of one of `count` devices, from those of one of `here`.
+
+    Of the arguments, AdamW's two moments are divided in ZeRO-1, and all in FSDP.
+    """
+    divided = 2 / here if ZERO in name else f.arguments if "sharded" in name else 0.0
+    return f.total - divided + divided * here / count
+
+
 def main(argv: list[str] | None = None) -> None:
     target, model, on = setting(__doc__, argv)
     mesh = Mesh(np.array(on), (AXIS,))
     whole = within_a_call(model, mesh)
     whole = {name: case for name, case in whole.items() if name in (AUTO, REDUCED)}
     parts = {f"sharded: {k}": case for k, case in sharded(model, mesh, 1).items()}
-    print_scaling(every(whole | parts, model, mesh), target)
+    calls = across_calls(model, mesh)
+    calls = {f"8 calls: {k}": calls[k] for k in (STEP, APART, ZERO)}
+    found = every(whole | calls | parts, model, mesh)
+    report.table(
+        "Memory of a device, in parameters, by devices that divide it",
+        ["", *(f"{n:,}" for n in DEVICES)],
+        [
+            [name, *(f"{memory(f, name, mesh.size, n):.2f}" for n in DEVICES)]
+            for name, f in found.items()
+        ],
+    )
+    print_scaling(found, target)
 
 
 if __name__ == "__main__":
