@@ -111,7 +111,12 @@ class Parts:
                 return self._first(body, carry, self.limit)
             if self.unroll is True:
                 for i in range(self.count):
-                    carry = body(carry, self.part(after(carry, i)))
+                    # XLA:GPU knows the first numbers of a sum before it adds the rest,
+                    # and would keep all gradients (8 microbatches of 16 matrices: temp
+                    # of 7.3 for 0.34). XLA:CPU drops a barrier before it schedules.
+                    both = carry, after(carry, i)
+                    carry, start = lax.optimization_barrier(both)
+                    carry = body(carry, self.part(start))
             else:
                 indices = jnp.arange(self.count, dtype=jnp.int32)
                 carry, _ = lax.scan(turn, carry, indices, unroll=int(self.unroll))
