@@ -1,8 +1,8 @@
 """Draws the pictures of docs/memory.md and docs/silent_failures.md.
 
-    python docs/pictures.py memory            # compiled for this machine's CPU
-    python docs/pictures.py memory gpu        # or for an H100 that need not be there
-    python docs/pictures.py failures          # half a minute: runs the page
+    python docs/drawings.py memory            # compiled for this machine's CPU
+    python docs/drawings.py memory gpu        # or for an H100 that need not be there
+    python docs/drawings.py failures          # half a minute: runs the page
 
 Those of memory are of the program that XLA made of each step: which buffers are alive
 at each step of its schedule. Nothing runs. `benchmarks/devices.py` says what to install
