@@ -94,14 +94,16 @@ def draw_memory(target: str) -> None:
     top = 1.05 * max(report.memory.total for report in reports.values()) / 2**20
     for name, report in reports.items():
         figure = report.plot()
-        figure.set_size_inches(7, 3.2)
+        figure.set_size_inches(5.5, 3.8)  # to be read on a phone
         (axes,) = figure.axes
         axes.set(title="", ylim=(0, top))
         for area in axes.collections:
             area.set_facecolor(COLORS.get(area.get_label(), "black"))
         shown = zip(*axes.get_legend_handles_labels(), strict=True)
         handles = [handle for handle, label in shown if label in COLORS]
-        axes.legend(handles=handles[::-1], bbox_to_anchor=(1, 1), frameon=False)
+        axes.get_legend().remove()
+        where = {"loc": "outside lower center", "ncols": 3, "frameon": False}
+        figure.legend(handles=handles, **where)
         figure.savefig(DOCS / f"memory_{name}.png", dpi=130)
 
 
@@ -111,7 +113,7 @@ def draw_failures() -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
         exec(block, names)
     damage = dict(reversed(names["damage"].items()))
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    figure = Figure(figsize=(5.5, 5.5), layout="constrained")
     axes = figure.add_subplot()
     bars = axes.barh([*damage], [*damage.values()], color=RED)
     axes.bar_label(bars, fmt="%.2g", padding=4)

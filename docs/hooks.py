@@ -105,10 +105,9 @@ def on_config(config: Any) -> Any:
         WARNINGS.warning(complaint)
     for entry in config["nav"]:
         if "API" in entry:
-            entry["API"] = [
-                entry["API"],
-                *({x: f"api/{y}"} for x, y in paths().items()),
-            ]
+            pages = [{name: f"api/{path}"} for name, path in paths().items()]
+            entry["API"] = [entry["API"], *pages]
+    config["markdown_extensions"].append(_doctests())
     return config
 
 
@@ -127,12 +126,47 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
 
 def on_page_content(text: str, **_: Any) -> str:
-    """Docstrings have mathematics as Sphinx has it; browsers want MathML."""
+    # Docstrings have mathematics as Sphinx has it; browsers want MathML.
     text = re.sub(r":math:<code>(.*?)</code>", _mathml("inline"), text)
-    return re.sub(r"<p>\.\. math:: (.*?)</p>", _mathml("block"), text, flags=re.DOTALL)
+    text = re.sub(r"<p>\.\. math:: (.*?)</p>", _mathml("block"), text, flags=re.DOTALL)
+    # A browser breaks "accumulate(optax.adamw(3e-4), k)" nowhere, or within a word.
+    cells = r"<t[hd]>.*?</t[hd]>"
+    code = functools.partial(re.sub, r"<code>.*?</code>", _breakable)
+    text = re.sub(cells, lambda match: code(match[0]), text, flags=re.DOTALL)
+    text = re.sub(r"<h[12] .*?</h[12]>", _breakable, text, flags=re.DOTALL)
+    return re.sub(
+        "(?<=[0-9]) (?=[\N{MULTIPLICATION SIGN}%])", "\N{NO-BREAK SPACE}", text
+    )
 
 
 def _mathml(display: str) -> Any:
     convert = importlib.import_module("latex2mathml.converter").convert
     convert = functools.partial(convert, display=display)
     return lambda match: convert(html.unescape(match[1]))
+
+
+def _breakable(match: re.Match[str]) -> str:
+    """With places in code and names where a line may end."""
+    tags = re.split(r"(<[^>]*>)", match[0])
+    return "".join(
+        part if part.startswith("<") else re.sub(r"(?<=[(._=])(?=\w)", "<wbr>", part)
+        for part in tags
+    )
+
+
+def _doctests() -> Any:
+    """An extension of Markdown: what begins with >>> is code and not a quotation."""
+    base = importlib.import_module("markdown.preprocessors").Preprocessor
+    extension = importlib.import_module("markdown.extensions").Extension
+
+    class Fences(base):
+        def run(self, lines: list[str]) -> list[str]:
+            text = "\n".join(lines)
+            begin = r"(?:^|(?<=\n))>>> .*(?:\n.+)*"  # up to a blank line
+            return re.sub(begin, r"```pycon\n\g<0>\n```", text).split("\n")
+
+    class Doctests(extension):
+        def extendMarkdown(self, md: Any) -> None:  # Markdown's name
+            md.preprocessors.register(Fences(md), "doctests", 100)
+
+    return Doctests()
