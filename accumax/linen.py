@@ -35,10 +35,7 @@ class TrainState(train_state.TrainState):
     Attributes:
       step: () int32, the gradient steps so far, as schedules count them. A random key
         that is folded with `step` repeats within a window; use `microstep` for it.
-      apply_fn: as in Flax.
-      params: as in Flax.
-      tx: an `accumulate`.
-      opt_state: as in Flax.
+      apply_fn, params, tx, opt_state: as in Flax; `tx` is an `accumulate`.
       microstep: () int32, the calls so far.
       pool: the open window's running statistics, None without `batch_stats`.
       momentum: the momentum of each running mean and variance. Static.

@@ -31,11 +31,8 @@ class Optimizer(nnx.Optimizer):
     the rows of its microbatch.) Load a model's weights before you make its optimizer.
 
     Attributes:
-      step: () uint32, the gradient steps so far.
-      microstep: () uint32, the calls so far.
-      tx: as in `nnx.Optimizer`.
-      opt_state: as in `nnx.Optimizer`.
-      wrt: as in `nnx.Optimizer`.
+      step, microstep: () uint32, the gradient steps and the calls so far.
+      tx, opt_state, wrt: as in `nnx.Optimizer`.
       pool: the open window's running statistics; None if there are none to pool.
 
     >>> import accumax.nnx, jax, optax
