@@ -20,7 +20,11 @@ def test_the_code_runs_from_top_to_bottom():
         assert blocks
         for block in blocks:
             exec(block, namespace)
-    for page in ("docs/batch_size.md", "docs/nothing_hidden.md"):  # each by itself
+    for page in (  # each by itself
+        "docs/batch_size.md",
+        "docs/long_sequences.md",
+        "docs/nothing_hidden.md",
+    ):
         own = {}
         for block in _blocks("python", (ROOT / page).read_text()):
             exec(block, own)
