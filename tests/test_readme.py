@@ -12,7 +12,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = ROOT / "docs"
 IN_TURN = "../README.md", "which_form.md", "flax.md"  # each uses names of those before
-ALONE = "batch_size.md", "nothing_hidden.md", "coupled_losses.md"
+ALONE = (
+    "batch_size.md",
+    "coupled_losses.md",
+    "long_sequences.md",
+    "nothing_hidden.md",
+)
 SLOW = "silent_failures.md", "upstream/flax.md", "upstream/optax.md"
 ELSEWHERE = {  # the tests that run a page by its sections, or write it
     "coming_from.md": "test_coming_from.py",
