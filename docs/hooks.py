@@ -1,9 +1,10 @@
 """What `mkdocs build` does beside the pages: see `mkdocs.yml`.
 
 The first page is the README. The pages of the API are made of the docstrings, one page
-for each public name. A number that is not the one in the results, or results that are
-older than the code, is a warning, and so ends `mkdocs build --strict`. The environment
-variable `STALE=allow` lets results be older than the code.
+for each public name, and those of the results are what `benchmarks/run.py` wrote. A
+number that is not the one in the results, or results that are older than the code, is a
+warning, and so ends `mkdocs build --strict`. (Not with `--quiet`, which hides warnings
+from `--strict`.) The environment variable `STALE=allow` lets results be older.
 """
 
 import ast
@@ -27,6 +28,7 @@ DOORS = "linen", "nnx", "testing"  # modules of public names
 COPIES = {"README.md": "index.md"} | {
     name: name.lower() for name in ("CONTRIBUTING.md", "CHANGELOG.md")
 }
+COSTS = "What it costs"  # its section has the results of each chip
 WARNINGS = logging.getLogger("mkdocs.hooks.accumax")  # --strict counts its warnings
 
 
@@ -87,6 +89,23 @@ def paths() -> dict[str, str]:
     return found
 
 
+def measured() -> dict[str, pathlib.Path]:
+    """The newest page of results of each chip, by its title."""
+    pages = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+    # Names begin with the date, 2026-11-26-, and the chip's pictures with its name.
+    return {page.stem[11:].replace("-", " "): page for page in pages}
+
+
+def tables(page: pathlib.Path) -> str:
+    """A page of results, with the pictures of its chip."""
+    pictures = sorted(page.parent.glob(f"{page.stem[11:]}-*.png"))
+    shown = [
+        f"![{path.stem.replace('-', ' ')}: as in the tables above]({path.name})\n"
+        for path in pictures
+    ]
+    return "\n".join([page.read_text(), *shown])
+
+
 def relinked(text: str, *, top: bool) -> str:
     """`text` with links as the site has them; `top`: it is of the repository's top."""
     if top:
@@ -107,6 +126,9 @@ def on_config(config: Any) -> Any:
         if "API" in entry:
             pages = [{name: f"api/{path}"} for name, path in paths().items()]
             entry["API"] = [entry["API"], *pages]
+        if COSTS in entry:
+            pages = [{x: f"results/{y.name}"} for x, y in measured().items()]
+            entry[COSTS] = [entry[COSTS], *pages]
     config["markdown_extensions"].append(_doctests())
     return config
 
@@ -118,6 +140,10 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(add(config, uri, content=text))
     for uri, text in api().items():
         files.append(add(config, uri, content=text))
+    for page in measured().values():
+        files.append(add(config, f"results/{page.name}", content=tables(page)))
+        for path in page.parent.glob(f"{page.stem[11:]}-*.png"):
+            files.append(add(config, f"results/{path.name}", abs_src_path=str(path)))
     return files
 
 
