@@ -1,8 +1,8 @@
 """An extension of griffe, which reads the docstrings of the API: see `mkdocs.yml`.
 
 `model, grads: the module and its gradient` is an entry for two arguments. griffe knows
-one name an entry, so each name gets one, with the same text. It still warns of a name
-that the function does not have.
+one name an entry, so each name gets one, with the same text or, if that is long, a word
+that the first one has it. griffe still warns of a name that the function does not have.
 """
 
 import re
@@ -21,8 +21,10 @@ def split(docstring: str) -> str:
     """An entry for each name of an entry with several."""
 
     def entries(match: re.Match[str]) -> str:
-        names = match["names"].split(", ")
-        return "\n".join(match["indent"] + name + match["text"] for name in names)
+        first, *others = match["names"].split(", ")
+        text = f": see `{first}`." if "\n" in match["text"] else match["text"]
+        lines = [first + match["text"], *(name + text for name in others)]
+        return "\n".join(match["indent"] + line for line in lines)
 
     return ENTRY.sub(entries, docstring)
 

@@ -112,4 +112,5 @@ def test_every_link_leads_to_a_file():
 
 
 def test_the_readme_is_read_in_five_minutes():
-    assert len(README.split()) <= 700
+    seen = re.sub(r"<!--.*?-->", "", README)  # the names of its numbers are not
+    assert len(seen.split()) <= 700
