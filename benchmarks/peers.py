@@ -8,7 +8,8 @@ documentation has it. Names are those of rows.
     multisteps       optax.MultiSteps
     apply_every      optax.apply_every after the optimizer, which runs in every call
     aggregating      optax.experimental.aggregating: accumulate, then the optimizer
-    keras            keras.optimizers with gradient_accumulation_steps, on JAX
+    keras            keras.optimizers.AdamW(gradient_accumulation_steps=8) on JAX, where
+                     Keras is installed; only in what runs, because it holds its state
     microbatching    optax.microbatching
     scan             a scan that carries a gradient tree, as large trainings write it
     array_refs       the recipe of JAX's documentation: refs, carried by a scan
@@ -16,6 +17,8 @@ documentation has it. Names are those of rows.
                      the last divides each call into microbatches
 """
 
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +35,9 @@ try:
     from optax.experimental import aggregating
 except ImportError:  # Optax 0.2.5
     aggregating: Any = None
+
+# The AdamW of Keras, in place of these.
+KERAS = {id(forms.ADAMW): None, id(zoo.ADAMW): 1.0}  # the norm to clip to
 
 NONE, WHOLE = "none", "whole"
 ACROSS = "accumulate", "apply_gradients", "train_step"
@@ -65,10 +71,51 @@ def optimizers(inner: optax.GradientTransformation) -> dict[str, Form]:
         mean = aggregating.average_incrementally_updates(None, EVERY)
         process = aggregating.process(optax.identity(), mean, inner)
         found["aggregating"] = forms.applied(process)
+    if id(inner) in KERAS and importlib.util.find_spec("keras"):
+        found["keras"] = in_keras(KERAS[id(inner)])
     return found | {
         "accumulate": forms.applied(tx),
         "apply_gradients": Form(fused, tx.init),
     }
+
+
+def in_keras(clip: float | None) -> Form:
+    """AdamW with the values of `optax.adamw`, clipped to this norm of all gradients."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras  # pyright: ignore[reportMissingImports]
+
+    made: dict[Any, Any] = {}
+
+    def optimizer(params: Any) -> Any:
+        leaves = jax.tree.leaves(params)
+        key = tuple((x.shape, str(x.dtype)) for x in leaves)
+        if key not in made:
+            made[key] = keras.optimizers.AdamW(
+                1e-3,
+                weight_decay=1e-4,
+                epsilon=1e-8,
+                global_clipnorm=clip,
+                gradient_accumulation_steps=EVERY,
+            )
+            with jax.ensure_compile_time_eval():
+                made[key].build(
+                    [
+                        keras.Variable(initializer="zeros", shape=shape, dtype=dtype)
+                        for shape, dtype in key
+                    ]
+                )
+        return made[key]
+
+    def init(params: Any) -> list[jax.Array]:
+        return [jnp.asarray(x.value) for x in optimizer(params).variables]
+
+    def step(params: Any, state: list[jax.Array], grads: Any) -> tuple[Any, Any]:
+        leaves, structure = jax.tree.flatten(params)
+        grads = jax.tree.leaves(grads)
+        new, state = optimizer(params).stateless_apply(state, grads, leaves)
+        return structure.unflatten(new), state
+
+    return Form(step, init)
 
 
 def gradients(

@@ -27,12 +27,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import accuracy
+import adama
 import devices
 import floors
 import growth
+import info_nce
 import jax
+import logits
 import notes
 import optax
+import optax_notebook
 import page
 import pictures
 import report
@@ -104,6 +108,15 @@ def compiled_jobs(on: devices.Device, target: str, scale: Scale) -> list[Job]:
         "k": lambda: growth.microbatches(on, target, scale.k),
     }
     jobs += [Job((f"grows/{name}",), rows) for name, rows in growing.items()]
+    if not scale.models:  # what others claim
+        width = 512
+        claims: dict[str, Callable[[], list[Row]]] = {
+            "logits": lambda: logits.rows(on, target),
+            "adama": lambda: adama.rows(on, target),
+            "optax_notebook/memory": lambda: optax_notebook.memory(on, target),
+            "gradcache/memory": lambda: info_nce.memory(width, on, target),
+        }
+        jobs += [Job((name,), rows) for name, rows in claims.items()]
 
     def many() -> list[Row]:
         counts = "8" if target == "tpu" else scale.devices  # its topology has 8
@@ -141,6 +154,8 @@ def timed_jobs(target: str, scale: Scale) -> list[Job]:
         "inner_runs": timing.inner_runs,
         "error": lambda: accuracy.rows(scale.seeds, scale.windows),
         "grows/leaves": lambda: growth.leaves(on, target, scale.leaves),
+        "optax_notebook/time": lambda: optax_notebook.times(target, turns),
+        "gradcache/time": lambda: info_nce.time(128, target, turns),
     }
     return jobs + [Job((name,), rows) for name, rows in others.items()]
 
@@ -177,6 +192,8 @@ def facts(target: str, here: bool, seconds: float, quick: bool) -> dict[str, Any
         kind = jax.devices()[0].device_kind
         chip = report.host().rpartition(",")[0] if kind == "cpu" else kind
     versions = {"jax": jax, "optax": optax, "accumax": accumax}
+    if "keras" in sys.modules:
+        versions["keras"] = sys.modules["keras"]
     return {
         "date": str(datetime.date.today()),
         "chip": chip,

@@ -18,7 +18,7 @@ import peers
 import zoo
 from forms import EVERY, Form
 from results import Row
-from speed import Runner, in_turns
+from runs import Runner, in_turns
 
 FLOOR = "floor"  # eight gradients, each written over the one before, and one update
 ADD = "acc += g"
