@@ -3,6 +3,8 @@
 `model, grads: the module and its gradient` is an entry for two arguments. griffe knows
 one name an entry, so each name gets one, with the same text or, if that is long, a word
 that the first one has it. griffe still warns of a name that the function does not have.
+And it takes what stands before a colon for the type of what is returned, so the type is
+put there.
 """
 
 import re
@@ -29,7 +31,11 @@ def split(docstring: str) -> str:
     return ENTRY.sub(entries, docstring)
 
 
-class JointEntries(griffe.Extension):
+class Docstrings(griffe.Extension):
     def on_object(self, *, obj: Any, **_: Any) -> None:
-        if not obj.is_alias and obj.docstring:
-            obj.docstring.value = split(obj.docstring.value)
+        if obj.is_alias or not obj.docstring:
+            return
+        text = split(obj.docstring.value)
+        if obj.is_function and obj.returns:
+            text = text.replace("\nReturns:\n  ", f"\nReturns:\n  {obj.returns}: ")
+        obj.docstring.value = text
