@@ -13,7 +13,7 @@ from typing import Any
 import griffe  # pyright: ignore[reportMissingImports]  # of the extra `docs`
 
 ENTRY = re.compile(
-    r"^(?P<indent> +)(?P<names>(?:\*{0,2}\w+, )+\*{0,2}\w+)"
+    r"^(?P<indent> +)(?P<names>(?:\*{0,2}\w+,\s+)+\*{0,2}\w+)"
     r"(?P<text>: .*(?:\n(?P=indent) +\S.*)*)",
     re.MULTILINE,
 )
@@ -23,7 +23,7 @@ def split(docstring: str) -> str:
     """An entry for each name of an entry with several."""
 
     def entries(match: re.Match[str]) -> str:
-        first, *others = match["names"].split(", ")
+        first, *others = re.split(r",\s+", match["names"])
         text = f": see `{first}`." if "\n" in match["text"] else match["text"]
         lines = [first + match["text"], *(name + text for name in others)]
         return "\n".join(match["indent"] + line for line in lines)
