@@ -148,7 +148,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return relinked(markdown, top=False)
+    return relinked(quotes.QUOTE.sub(r"\g<4>", markdown), top=False)
 
 
 def on_page_content(text: str, **_: Any) -> str:
