@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peers
 import report
 from forms import EVERY
+from results import Row
 
 import accumax
 
@@ -257,4 +259,112 @@ def tables(seeds: int, windows: int) -> list[report.Bar]:
         ("the same for one gradient", gradient_table(seeds), 2.0),
         ("the same for one gradient in bfloat16", half_precision_table(seeds), 2.0),
         (f"error of the mean of {ONES} ones in bfloat16", ones_table(), 0.0),
+    ]
+
+
+def over_big_batch(
+    big: forms.Gradient,
+    each: dict[str, forms.Gradient],
+    rows: int,
+    seeds: int,
+    dtype: Any = jnp.float32,
+) -> dict[str, float | None]:
+    """Each gradient's distance from the float64 big batch's, over the big batch's own.
+
+    Medians over the seeds; None for a form that refuses such a batch.
+    """
+    found: dict[str, list[float] | None] = {name: [] for name in each}
+    for seed in range(seeds):
+        drawn = problem(seed, rows)
+        params, batch = jax.tree.map(lambda x: jnp.asarray(x, dtype), drawn)
+        exact = gradient(big, params, batch, jnp.float64)
+        own = relative(gradient(big, params, batch, dtype), exact)
+        for name, f in each.items():
+            ratios = found[name]
+            if ratios is None:
+                continue
+            try:
+                got = gradient(f, params, batch, dtype)
+            except (TypeError, ValueError):
+                found[name] = None
+            else:
+                ratios.append(relative(got, exact) / own)
+    return {
+        name: None if ratios is None else statistics.median(ratios)
+        for name, ratios in found.items()
+    }
+
+
+def trained_over_big_batch(
+    big: forms.Form, each: dict[str, forms.Form], seeds: int, windows: int
+) -> dict[str, float]:
+    """The same of the parameters after some windows of eight calls."""
+    found: dict[str, list[float]] = {name: [] for name in each}
+    for seed in range(seeds):
+        params, whole = problem(seed, windows, EVERY * ROWS)
+        split = [a.reshape(windows * EVERY, ROWS, -1) for a in whole]
+        with jax.enable_x64(True):
+            exact = _flat(train(big, params, whole, jnp.float64))
+        own = relative(_flat(train(big, params, whole, jnp.float32)), exact)
+        for name, form in each.items():
+            got = _flat(train(form, params, split, jnp.float32))
+            found[name].append(relative(got, exact) / own)
+    return {name: statistics.median(ratios) for name, ratios in found.items()}
+
+
+def _flat(params: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([p.ravel() for p in params])
+
+
+def rows(seeds: int, windows: int) -> list[Row]:
+    """Errors of all forms over the big batch's own."""
+
+    def within(loss: Any, ours: Any, **options: Any) -> dict[str, forms.Gradient]:
+        found = peers.gradients(loss, ROWS)
+        del found[peers.WHOLE]
+        found["value_and_grad"] = accumax.value_and_grad(
+            ours, microbatch_size=ROWS, **options
+        )
+        return found
+
+    def across(loss: Any, ours: Any, **options: Any) -> dict[str, forms.Form]:
+        gradient = jax.value_and_grad(loss)
+        found = {
+            name: forms.whole(form, gradient)
+            for name, form in peers.optimizers(forms.ADAMW).items()
+            if not options or name not in peers.ACROSS
+        }
+        tx = accumax.accumulate(forms.ADAMW, EVERY)
+        step = accumax.train_step(ours, tx, **options)
+        return found | {"train_step": forms.Form(step, tx.init)}
+
+    count, mean, weighted = EVERY * ROWS, masked_mean, {"weighted": True}
+    big, masked = jax.value_and_grad(loss), jax.value_and_grad(mean)
+    equal, tokens = within(loss, loss), within(mean, masked_loss, **weighted)
+    adamw = forms.applied(forms.ADAMW)
+    errors: dict[str, Any] = {
+        "equal": over_big_batch(big, equal, count, seeds),
+        "uneven": over_big_batch(big, equal, count - ROWS // 2 - 3, seeds),
+        "weighted": over_big_batch(masked, tokens, count, seeds),
+        "bf16": over_big_batch(big, equal, count, seeds, jnp.bfloat16),
+        f"after_{windows}_windows": trained_over_big_batch(
+            forms.whole(adamw, big), across(loss, loss), seeds, windows
+        ),
+        f"weighted_after_{windows}_windows": trained_over_big_batch(
+            forms.whole(adamw, masked),
+            across(mean, masked_loss, **weighted),
+            seeds,
+            windows,
+        ),
+    }
+    refused = "It refuses a batch that its microbatch does not divide."
+    return [
+        Row(
+            f"error/{case}/{form}",
+            ratio,
+            "x big batch",
+            note=refused if ratio is None else "",
+        )
+        for case, found in errors.items()
+        for form, ratio in found.items()
     ]

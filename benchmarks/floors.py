@@ -7,23 +7,20 @@ each gradient is used up as it comes: the least of three programs without an opt
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import forms
 import jax
 import jax.numpy as jnp
 import optax
-import report
+import peers
 import zoo
 from devices import Device
 from programs import Compiled, bytes_of, compiled
+from results import Row
 
 import accumax
-
-K = forms.EVERY
-PLAIN, MULTISTEPS, APPLY, TRAIN = "plain", "MultiSteps", "apply_gradients", "train_step"
-WITHIN, SCAN = "value_and_grad", "scan by hand"
 
 
 def in_refs(loss: Callable[..., jax.Array]) -> forms.Form:
@@ -40,6 +37,7 @@ def in_refs(loss: Callable[..., jax.Array]) -> forms.Form:
 
 
 def floor_temp(model: zoo.Model, on: Device) -> float:
+    """Temporary memory of the floor, in units of the parameters."""
     programs = []
     for loss in filter(None, (model.loss, model.best)):
         gradient = jax.value_and_grad(loss)
@@ -48,97 +46,87 @@ def floor_temp(model: zoo.Model, on: Device) -> float:
             forms.added(gradient),
             in_refs(loss),
         ]
-    if model.inner is not forms.ADAMW:  # it may not need all gradients
+    if model.name.startswith("lora"):  # its optimizer does not need all gradients
         gradient = jax.value_and_grad(model.loss)
         programs.append(forms.whole(forms.applied(model.inner), gradient))
     temps = []
     for program in programs:
         # JAX cannot add every loss's gradient into refs.
         with contextlib.suppress(ValueError, TypeError, NotImplementedError):
-            temps.append(compiled(program, model.params, model.x, on).temp)
+            temps.append(compiled(program, model.params, model.x, on, True).temp)
     return min(temps)
-
-
-def steps(model: zoo.Model) -> dict[str, tuple[forms.Form, int]]:
-    """The forms, each with the microbatches of a call."""
-    loss, inner = model.loss, model.inner
-    gradient, plain = jax.value_and_grad(loss), forms.applied(inner)
-    tx = accumax.accumulate(inner, K)
-    ours = model.weighted or loss
-    options: dict[str, Any] = {"weighted": model.weighted is not None}
-    rows = model.x.shape[0]
-    within = accumax.value_and_grad(ours, microbatch_size=rows, **options)
-    across = {
-        name: forms.whole(form, gradient)
-        for name, form in forms.optimizer_steps(inner).items()
-    }
-    across[TRAIN] = forms.Form(accumax.train_step(ours, tx, **options), tx.init)
-    return {
-        PLAIN: (across[forms.PLAIN], 1),
-        MULTISTEPS: (across[forms.MULTISTEPS], 1),
-        APPLY: (across[forms.APPLY_GRADIENTS], 1),
-        TRAIN: (across[TRAIN], 1),
-        SCAN: (forms.whole(plain, forms.scanned(gradient, rows)), K),
-        WITHIN: (forms.whole(plain, within), K),
-    }
 
 
 class Figures(NamedTuple):
     """Memory of one model, in units of its parameters.
 
     Attributes:
-      found: each form.
-      across, within: the floors of a call of a window, and of a call of microbatches.
+      found: each form. One that JAX cannot compile for this model is missing.
+      failed: why it could not.
+      temp: the floor's temporary memory.
+      sums: the accumulator, which within a call is no argument.
     """
 
     found: dict[str, Compiled]
-    across: float
-    within: float
+    failed: dict[str, str]
+    temp: float
+    sums: float
+
+    def floor(self, name: str) -> float:
+        if name == "train_step_divided":  # it has an accumulator in both places
+            return self.found[name].arguments + self.temp
+        if name in (peers.WHOLE, *peers.WITHIN_PEERS, *peers.WITHIN):
+            return self.found["value_and_grad"].arguments + self.sums + self.temp
+        return self.found["train_step"].arguments + self.temp
 
     def over_floor(self, name: str) -> float:
-        floor = self.within if name in (SCAN, WITHIN) else self.across
-        return self.found[name].total / floor
+        return self.found[name].total / self.floor(name)
 
 
-def figures(model: zoo.Model, on: Device) -> Figures:
-    def of(form: forms.Form, count: int) -> Compiled:
-        rows, *rest = model.x.shape
-        x = jax.ShapeDtypeStruct((count * rows, *rest), model.x.dtype)
-        return compiled(form, model.params, x, on)
+def figures(model: zoo.Model, on: Device, only: Iterable[str] | None = None) -> Figures:
+    """Compiles the forms named in `only`, or all of them."""
+    steps = peers.steps(model)
+    found, failed = {}, {}
+    for name in only or steps:
+        if name not in steps or name == "keras":
+            continue  # this Optax has none, or it would take the memory here
+        form, count = steps[name]
+        rows, *shape = model.x.shape
+        x = jax.ShapeDtypeStruct((count * rows, *shape), model.x.dtype)
+        try:
+            found[name] = compiled(form, model.params, x, on, haste=True)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            if name in peers.OURS:
+                raise
+            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    tx = accumax.accumulate(model.inner, forms.EVERY)
+    sums = bytes_of(jax.eval_shape(tx.init, model.params).acc_grads)
+    sums /= bytes_of(model.params)
+    return Figures(found, failed, floor_temp(model, on), sums)
 
-    found = {name: of(*step) for name, step in steps(model).items()}
-    temp = floor_temp(model, on)
-    tx = accumax.accumulate(model.inner, K)
-    sums = jax.eval_shape(tx.init, model.params).acc_grads
-    # Within a call, the accumulator is not an argument.
-    sums = bytes_of(sums) / bytes_of(model.params)
-    return Figures(
-        found, found[TRAIN].arguments + temp, found[WITHIN].arguments + sums + temp
-    )
+
+# Models for which all forms are compiled, and the forms for the others.
+FULL = "mlp", "transformer", "resnet", "lora", "lstm"
+MAIN = (
+    peers.NONE,
+    "multisteps",
+    "scan",
+    "array_refs",
+    "apply_gradients",
+    "train_step",
+    "value_and_grad",
+)
 
 
-def table(on: Device, models: list[zoo.Model]) -> list[report.Bar]:
-    """Prints memory over the floor, and where a peer takes less; gives its bars."""
-    shown = MULTISTEPS, APPLY, TRAIN, SCAN, WITHIN
-    all_figures = {model.name: figures(model, on) for model in models}
-    report.table(
-        "Unlike models: memory of a step, its floor, and forms over their floor",
-        ["", PLAIN, "floor", f"{TRAIN} / {PLAIN}", *shown],
-        [
-            [name, f"{f.found[PLAIN].total:.2f}", f"{f.across:.2f}"]
-            + [f"{f.found[TRAIN].total / f.found[PLAIN].total:.2f}"]
-            + [f"{f.over_floor(form):.3f}" for form in shown]
-            for name, f in all_figures.items()
-        ],
-    )
-    print()
-    for name, f in all_figures.items():
-        for ours, peer in ((APPLY, MULTISTEPS), (TRAIN, MULTISTEPS), (WITHIN, SCAN)):
-            less, more = f.found[peer].total, f.found[ours].total
-            if more > 1.001 * less:
-                print(f"above a peer: {name}: {ours} {more:.3f}, {peer} {less:.3f}")
-    return [
-        (f"memory of {form} / floor, {name}", f.over_floor(form), 1.03)
-        for name, f in all_figures.items()
-        for form in (TRAIN, WITHIN)
-    ]
+def rows(model: zoo.Model, on: Device, target: str) -> list[Row]:
+    full = model.optimizer == "adamw" and model.name in FULL
+    found = figures(model, on, None if full else MAIN)
+    case = f"{model.name}/{model.optimizer}/{target}"
+    rows = [Row(f"floor/{case}", found.floor("train_step"), "x parameters")]
+    for name, step in found.found.items():
+        over = found.over_floor(name)
+        rows.append(Row(f"memory/{case}/{name}", over, "x floor"))
+        rows.append(Row(f"copies/{case}/{name}", step.copies, "copies"))
+    for name, why in found.failed.items():
+        rows.append(Row(f"memory/{case}/{name}", None, "x floor", note=why))
+    return rows

@@ -172,7 +172,7 @@ def peer(gradient: Gradient, rows: int) -> Gradient:
     return optax.microbatching.microbatch(gradient, 1, rows, mean)
 
 
-def scanned(gradient: Gradient, rows: int) -> Gradient:
+def scanned(gradient: Gradient, rows: int, unroll: bool = False) -> Gradient:
     """What one writes by hand: a scan that carries a gradient tree."""
 
     def fun(params: Any, batch: Any) -> tuple[jax.Array, Any]:
@@ -183,7 +183,7 @@ def scanned(gradient: Gradient, rows: int) -> Gradient:
 
         count = len(jax.tree.leaves(split)[0])
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        sums, _ = jax.lax.scan(body, zeros, split)
+        sums, _ = jax.lax.scan(body, zeros, split, unroll=unroll)
         return jax.tree.map(lambda x: x / count, sums)
 
     return fun

@@ -1,5 +1,9 @@
 """InfoNCE: the memory of its gradient as the batch grows and the microbatch does not.
 
+`table` prints it as part of `targets.py`. `memory` has it for `run.py`, `time` the time
+over that of the whole batch: GradCache (arXiv 2101.06983) claims memory that hardly
+grows, for about 20 % more time.
+
 Two towers embed texts, each text by itself: an MLP of every token, then their mean. The
 loss compares each text of one side with every one of the other. `accumax.microbatch`
 holds the embeddings of all texts and their cotangents, and computes one microbatch of
@@ -17,6 +21,7 @@ The inputs are tokens. Of float32 inputs that go into a matrix product at once, 
 keeps a bfloat16 copy of the whole batch, in this loop and in any other.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +29,12 @@ import forms
 import jax
 import jax.numpy as jnp
 import report
+import timing
+import zoo
 from devices import Device
-from programs import compiled
+from programs import bytes_of, compiled
+from results import Row
+from runs import Runner, in_turns
 
 import accumax
 
@@ -55,31 +64,64 @@ def loss(
     return jnp.mean((rows + columns) / 2 - jnp.diagonal(scores))
 
 
+def towers(width: int) -> tuple[Any, Any]:
+    """The shapes of two towers; `width` is of a layer, four times that of a feature."""
+    tower = [
+        zoo.array(2 * width, width),
+        *forms.matrices(LAYERS, width),
+        zoo.array(width, width // 4),
+    ]
+    return tower, tower
+
+
+def gradient(embed: Callable[..., jax.Array]) -> forms.Gradient:
+    return jax.value_and_grad(lambda params, x: loss(embed, params, x))
+
+
+def temp(embed: Callable[..., jax.Array], width: int, batch: int, on: Device) -> float:
+    """Temporary megabytes of the gradient."""
+    params, tokens = towers(width), zoo.array(batch, width // 4, dtype=jnp.int32)
+    step, both = forms.kept(gradient(embed)), (tokens, tokens)
+    unit = bytes_of(params) / MB
+    return compiled(step, params, both, on, haste=True).temp * unit
+
+
+def ways(rows: int) -> dict[str, Callable[..., jax.Array]]:
+    divided = accumax.microbatch(embed, microbatch_size=rows)
+    return {"whole": embed, "microbatch": divided}
+
+
+def memory(width: int, on: Device, target: str) -> list[Row]:
+    """`gradcache/memory/TARGET/MICROBATCHES/FORM`, in MB."""
+    size = width // 4
+    return [
+        Row(f"gradcache/memory/{target}/{n}/{name}", temp(f, width, n * size, on), "MB")
+        for n in BATCHES
+        for name, f in ways(size).items()
+    ]
+
+
+def time(width: int, target: str, turns: int) -> list[Row]:
+    """The time of a gradient of the largest batch, over that of the whole batch."""
+    size, params = width // 4, timing.arrays(towers(width))
+    shape = zoo.array(max(BATCHES) * size, size, dtype=jnp.int32)
+    batch = timing.arrays((shape, shape))
+    runs = {}
+    for name, f in ways(size).items():
+        runner = Runner(forms.kept(gradient(f)), params)
+        runs[name] = functools.partial(runner.run, batch, 1)
+    found = timing.least(in_turns(runs, turns))
+    ratio = found["microbatch"] / found["whole"]
+    return [Row(f"gradcache/time/{target}/microbatch", ratio, "x whole")]
+
+
 def table(width: int, on: Device) -> list[report.Bar]:
     """Prints a table; gives its bars. `width` is of a layer."""
-    features = rows = length = width // 4
-
-    def shape(*dims: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, jnp.float32)
-
-    tower = [
-        shape(2 * width, width),
-        *forms.matrices(LAYERS, width),
-        shape(width, features),
-    ]
-    params = tower, tower
-    unit = sum(p.size * 4 for p in jax.tree.leaves(params))
+    features = rows = width // 4
     divided = accumax.microbatch(embed, microbatch_size=rows)
-
-    def temp(embed: Callable[..., jax.Array], batch: int) -> float:
-        tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
-        gradient = jax.value_and_grad(lambda params, x: loss(embed, params, x))
-        both = tokens, tokens
-        return compiled(forms.kept(gradient), params, both, on).temp * unit / MB
-
     plain, ours, embeddings, scores = {}, {}, {}, {}
     for n in BATCHES:
-        plain[n], ours[n] = temp(embed, n * rows), temp(divided, n * rows)
+        plain[n], ours[n] = (temp(f, width, n * rows, on) for f in (embed, divided))
         # Two of each, and a cotangent for each.
         embeddings[n] = 4 * n * rows * features * 4 / MB
         scores[n] = 2 * (n * rows) ** 2 * 4 / MB

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import jax
 import optax
+from results import Row
 
 import accumax
 
@@ -38,6 +39,12 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Non
     for first, *rest in lines:
         cells = [x.rjust(width) for x, width in zip(rest, widths[1:], strict=True)]
         print("  ".join([first.ljust(widths[0]), *cells]))
+
+
+def rows(title: str, found: Iterable[Row]) -> None:
+    """Prints each row by its name."""
+    lines = [[row.name, f"{row.value or 0:.3f} {row.unit}"] for row in found]
+    table(title, ["", ""], lines)
 
 
 def bars(limits: Sequence[Bar]) -> None:

@@ -23,14 +23,14 @@ class Row:
         "memory/transformer/adamw/gpu/train_step".
       value: the number; None where it could not be had, and then `note` says why.
       unit: for instance "x floor", "MB", "us".
-      command: the command that prints it.
+      command: the command that prints it; `run.py` fills it in.
       note: for a row in which a peer is ahead, why.
     """
 
     name: str
     value: float | None
     unit: str
-    command: str
+    command: str = ""
     note: str = ""
 
 

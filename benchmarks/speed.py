@@ -28,9 +28,8 @@ turn's baseline, and the tables show the median ratio and its range.
 import argparse
 import functools
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import accuracy
 import forms
@@ -42,10 +41,10 @@ import report
 import targets
 import transformer
 from forms import EVERY
+from runs import Runner, in_turns
 
 import accumax
 
-T = TypeVar("T")
 UNROLLED = "value_and_grad(unroll=True)"
 
 
@@ -70,24 +69,6 @@ def model(size: transformer.Size | None) -> models.Model:
     return models.stack(2, 32, 8) if size is None else models.text(size)
 
 
-class Runner:
-    """A jitted, donated step that keeps what it gave for its next call."""
-
-    def __init__(self, form: forms.Form, params: Any):
-        params = jax.tree.map(jnp.copy, params)  # the step donates them
-        self.params, self.state = params, jax.jit(form.init)(params)
-        self.step = forms.jitted(form)
-
-    def run(self, x: Any, calls: int) -> float:
-        """Seconds of so many calls."""
-        jax.block_until_ready((self.params, self.state))
-        start = time.perf_counter()
-        for _ in range(calls):
-            self.params, self.state, *_ = self.step(self.params, self.state, x)
-        jax.block_until_ready((self.params, self.state))
-        return time.perf_counter() - start
-
-
 class Times(NamedTuple):
     """Seconds of a call within the window, and of the whole window."""
 
@@ -101,12 +82,6 @@ def window(within: Runner, last: Runner, x: Any) -> Callable[[], Times]:
         return Times(inside / (EVERY - 1), inside + last.run(x, 1))
 
     return run
-
-
-def in_turns(runs: dict[str, Callable[[], T]], turns: int) -> list[dict[str, T]]:
-    """In each turn a run of each form. The first turn compiles, and is dropped."""
-    found = [{name: run() for name, run in runs.items()} for _ in range(turns + 1)]
-    return found[1:]
 
 
 def print_times(

@@ -4,7 +4,7 @@
     python benchmarks/targets.py gpu        # an H100 that need not be there
     python benchmarks/targets.py tpu        # a TPU v5e that need not be there
     python benchmarks/targets.py cpu --size 4,256,4,1024,64     # a smaller model
-    python benchmarks/targets.py gpu --only models   # unlike models, over their floor
+    python benchmarks/run.py --target gpu --only memory  # unlike models, all forms
 
 Memory is in units of the parameters. "copies" counts the copies and transpositions in
 the compiled program, wherever they stand in it (in a loop: once), whose result has the
@@ -33,7 +33,6 @@ import argparse
 import functools
 
 import devices
-import floors
 import forms
 import info_nce
 import jax
@@ -41,7 +40,6 @@ import jax.numpy as jnp
 import losses
 import report
 import transformer
-import zoo
 from devices import CHIPS, Device
 from forms import EVERY
 from programs import Compiled, compiled, compiled_in_turns
@@ -212,9 +210,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--repeats", type=int, default=3, help="how often compilation is timed"
     )
-    parser.add_argument(
-        "--only", choices=("models",), help="unlike models, over their floor"
-    )
     args = parser.parse_args(argv)
     size = transformer.Size(*(int(n) for n in args.size.split(",") if n))
 
@@ -222,9 +217,6 @@ def main(argv: list[str] | None = None) -> None:
     chip = CHIPS.get(args.target, "CPU")
     report.header("accumax, compiled", f"{chip} (compiled on {report.host()})")
 
-    if args.only == "models":
-        report.bars(floors.table(on, zoo.models()))
-        return
     bars = across_calls(size, on, args.target, args.repeats)
     report.bars(bars + within_a_call(size, on))
 

@@ -1,5 +1,5 @@
-"""The model of the memory tables: a decoder-only transformer, scanned and
-rematerialised.
+"""The model of the memory tables: a decoder-only transformer, by default scanned and
+rematerialised, with one matrix for its embedding and its output.
 
 Plain JAX, so that nothing but accumulation differs between two measurements. At the
 default size it has 671 MB of float32 parameters.
@@ -18,26 +18,32 @@ class Size(NamedTuple):
     vocabulary: int = 16384
     length: int = 512
     rows: int = 1  # of one microbatch
+    scanned: int = 1  # 0: layers one by one, their activations kept
+    tied: int = 1  # 0: the output has a matrix of its own
 
 
 def shapes(size: Size) -> dict[str, Any]:
     """The parameters' shapes, all float32."""
 
-    def block(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((size.layers, *shape), jnp.float32)
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     d = size.width
-    return {
-        "embedding": jax.ShapeDtypeStruct((size.vocabulary, d), jnp.float32),
-        "blocks": {
-            "norm1": block(d),
-            "qkv": block(d, 3 * d),
-            "out": block(d, d),
-            "norm2": block(d),
-            "up": block(d, 4 * d),
-            "down": block(4 * d, d),
-        },
+    block = {
+        "norm1": (d,),
+        "qkv": (d, 3 * d),
+        "out": (d, d),
+        "norm2": (d,),
+        "up": (d, 4 * d),
+        "down": (4 * d, d),
     }
+    if size.scanned:
+        blocks = {name: array(size.layers, *shape) for name, shape in block.items()}
+    else:
+        one = {name: array(*shape) for name, shape in block.items()}
+        blocks = [one] * size.layers
+    found = {"embedding": array(size.vocabulary, d), "blocks": blocks}
+    return found if size.tied else found | {"head": array(size.vocabulary, d)}
 
 
 def init(size: Size, key: jax.Array) -> dict[str, Any]:
@@ -81,7 +87,11 @@ def token_losses(size: Size, params: dict[str, Any], tokens: jax.Array) -> jax.A
         return x + hidden @ p["down"], None
 
     x = params["embedding"][tokens[:, :-1]]
-    x, _ = jax.lax.scan(jax.checkpoint(block), x, params["blocks"])
-    logits = x @ params["embedding"].T
+    if size.scanned:
+        x, _ = jax.lax.scan(jax.checkpoint(block), x, params["blocks"])
+    else:
+        for p in params["blocks"]:
+            x, _ = block(x, p)
+    logits = x @ params["embedding" if size.tied else "head"].T
     picked = jnp.take_along_axis(logits, tokens[:, 1:, None], -1)[..., 0]
     return jax.nn.logsumexp(logits, -1) - picked

@@ -1,9 +1,7 @@
 """The benchmarks run. What they time at this size means nothing; see their headers."""
 
 import accuracy
-import devices
 import flax_states
-import floors
 import forms
 import info_nce
 import jax
@@ -11,6 +9,8 @@ import jax.numpy as jnp
 import losses
 import models
 import pytest
+import results
+import run
 import speed
 import targets
 import zoo
@@ -72,13 +72,37 @@ def test_ones_in_bfloat16_have_a_mean_of_one():
     assert accuracy.ones_table() == 0
 
 
-def test_unlike_models_are_compared_with_their_floor(capsys):
-    small = zoo.models(layers=2, width=64, rows=8)
-    cast = [m for m in small if m.name.startswith(("tree cast, scanned", "LoRA"))]
-    bars = floors.table(devices.device("cpu"), cast)
-    assert "train_step / plain" in capsys.readouterr().out
-    for what, ratio, _ in bars:
-        assert 0.5 < ratio < 3, what
+def test_every_model_of_the_zoo_has_a_gradient():
+    for model in zoo.models(1 / 16):
+        shapes = jax.eval_shape(jax.grad(model.loss), model.params, model.x)
+        assert jax.tree.structure(shapes) == jax.tree.structure(model.params)
+
+
+def test_the_smallest_run_writes_what_pages_can_quote(tmp_path):
+    arguments = f"--tiny --output {tmp_path} --only"
+    for only in ("memory/lora|hold|inner_runs|grows/k", "grows/parameters"):
+        paths = run.main([*arguments.split(), only])
+        assert all(path.exists() for path in paths)
+    assert {path.suffix for path in paths} == {".json", ".md", ".png"}
+    rows = results.load(tmp_path)
+    assert rows.keys() >= {  # of both runs
+        "memory/lora/adamw/cpu/train_step",
+        "copies/lora/adamw/cpu/train_step",
+        "hold/2x32x32/cpu/apply_gradients",
+        "inner_runs/train_step",
+        "grows/k/2/cpu/value_and_grad",
+        "grows/parameters/1e6/cpu/train_step",
+    }
+    for row in rows.values():
+        assert row.value is None or row.value >= 0, row
+        assert row.unit
+        assert row.command.startswith("python benchmarks/run.py --only ")
+    # The base is frozen, which value_and_grad cannot know.
+    behind = rows["memory/lora/adamw/cpu/value_and_grad"]
+    assert "Differentiate only what is trained" in behind.note
+    page = paths[1].read_text()
+    assert behind.note in page
+    assert f"{run.page.MARK} |" in page
 
 
 def test_a_target_that_is_unknown_is_refused(capsys):

@@ -1,0 +1,90 @@
+"""Where a peer is ahead, and why."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import peers
+from results import Row
+
+# By how much a peer must be ahead: memory and counts repeat, times do not.
+TOLERANCES = {
+    "memory": 0.002,
+    "copies": 0.0,
+    "inner_runs": 0.0,
+    "reductions": 0.01,
+    "error": 0.05,
+    "hold": 0.1,
+    "time": 0.1,
+    "host": 0.1,
+    "trace": 0.1,
+    "compile": 0.1,
+}
+COMPETES = dict.fromkeys(peers.ACROSS, peers.ACROSS_PEERS) | dict.fromkeys(
+    peers.WITHIN, peers.WITHIN_PEERS
+)
+# A pattern of "row: peer", and the cause. The first that matches counts.
+CAUSES = [
+    (
+        r"memory/\w+_bf16/.*: ",
+        "The peer sums in bfloat16, with its rounding: see error/bf16. accumax sums in "
+        "float32, two of the parameters' sizes. accumulator_dtype=None sums "
+        "as the peer does.",
+    ),
+    (
+        r"memory/lora.*/value_and_grad: ",
+        "value_and_grad does not know that the optimizer leaves the base as it is, and "
+        "has an accumulator for it. Differentiate only what is trained, or use "
+        "train_step(microbatch_size=...).",
+    ),
+    (
+        r"(trace|compile)/",
+        "Once a program: accumax traces the loss to see where its gradients may be "
+        "added in place, and compiles both a call that holds and one that updates.",
+    ),
+    (
+        r".*: apply_every",
+        "apply_every has no boundary: the optimizer runs in every call, so that its "
+        "moments, its count and its decay are not the big batch's.",
+    ),
+]
+
+
+def explained(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with a note on each of ours that a peer is ahead of."""
+    by_name = {row.name: row for row in rows}
+    found = []
+    for row in rows:
+        ahead = None if row.note else _ahead(row, by_name)
+        if ahead is not None:
+            note = f"{_form(ahead)} has {ahead.value:.3g}. {_cause(row, ahead)}"
+            row = dataclasses.replace(row, note=note)
+        found.append(row)
+    return found
+
+
+def _form(row: Row) -> str:
+    return row.name.rpartition("/")[2]
+
+
+def _ahead(row: Row, by_name: dict[str, Row]) -> Row | None:
+    """The best of the peers' rows, if it is better than ours."""
+    group = row.name.partition("/")[0]
+    case, _, form = row.name.rpartition("/")
+    if row.value is None or group not in TOLERANCES or form not in COMPETES:
+        return None
+    others = [by_name.get(f"{case}/{peer}") for peer in COMPETES[form]]
+    known = [(x.value, x) for x in others if x is not None and x.value is not None]
+    limit = row.value * (1 - TOLERANCES[group])
+    ahead = [(value, x) for value, x in known if value < limit]
+    # One that makes the same update, if there is one.
+    ahead.sort(key=lambda pair: (_form(pair[1]) == "apply_every", pair[0]))
+    return ahead[0][1] if ahead else None
+
+
+def _cause(row: Row, ahead: Row) -> str:
+    what = f"{row.name}: {_form(ahead)}"
+    for pattern, cause in CAUSES:
+        if re.match(pattern, what):
+            return cause
+    return "Why is not known yet."

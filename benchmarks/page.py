@@ -1,0 +1,82 @@
+"""The results as a page."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import peers
+from results import Row
+
+TITLES = {
+    "memory": "Memory: arguments and temporary memory of a train step, over the floor",
+    "floor": "The floor itself",
+    "copies": "Copies of a parameter's size in the compiled step",
+    "time": "Time of a window of eight microbatches, over the floor",
+    "hold": "A call within a window, over `acc += g`",
+    "host": "Time of a call on tiny arrays, in microseconds: Python and dispatch",
+    "trace": "Time to trace a train step, over the plain step's",
+    "compile": "Time to compile it, over the plain step's",
+    "error": "Error over the big batch's own in its dtype; both against float64",
+    "inner_runs": "Runs of the optimizer in a window of eight",
+    "reductions": "Reductions of the gradient in a window, on eight devices",
+    "grows/parameters": "Memory, by parameters, in the parameters' size",
+    "grows/k": "Memory, by microbatches in a call, in the parameters' size",
+    "grows/leaves_trace": "Seconds to trace, by leaves of the tree",
+    "grows/leaves_compile": "Seconds to compile, by leaves of the tree",
+    "grows/devices_memory": "Memory of a device, by devices, in the parameters' size",
+    "grows/devices_sent": "What a device sends in a window, by devices",
+}
+MARK = "¹"
+
+
+def text(rows: Sequence[Row], facts: dict[str, Any]) -> str:
+    """A table for each group: forms in the columns, and in a line the case."""
+    versions = ", ".join(f"{name} {v}" for name, v in facts["versions"].items())
+    quick = " A quick run: its times are rough." if facts["quick"] else ""
+    lines = [
+        f"# Results: {facts['chip']}",
+        "",
+        f"{facts['date']}, {versions}, Python {facts['python']}; measured or compiled "
+        f"on {facts['host']}, in {facts['seconds']} s.{quick}",
+        "",
+        "Times are the least of several turns, compared within one run. "
+        f"{MARK}: a peer takes less; why is said below the table. "
+        "`benchmarks/peers.py` says what each form is.",
+    ]
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        group, *more = row.name.split("/")
+        group = f"grows/{more[0]}" if group == "grows" else group
+        groups.setdefault(group, []).append(row)
+    for group, members in groups.items():
+        lines += ["", f"## {TITLES.get(group, group)}", "", *_table(members, group)]
+        notes = [f"- `{row.name}`: {row.note}" for row in members if row.note]
+        lines += ["", *notes] if notes else []
+        command = members[0].command.partition(" --only")[0]
+        lines += ["", f"`{command} --only {group}/`"]
+    return "\n".join(lines) + "\n"
+
+
+def _table(rows: Sequence[Row], group: str) -> list[str]:
+    cells: dict[str, dict[str, str]] = {}
+    columns: dict[str, None] = {}
+    for row in rows:
+        case, _, form = row.name.removeprefix(f"{group}/").rpartition("/")
+        cells.setdefault(case or group, {})[form] = _cell(row)
+        columns[form] = None
+    known = (peers.NONE, peers.WHOLE, *peers.PEERS, *peers.OURS)
+    order = sorted(columns, key=lambda c: known.index(c) if c in known else -1)
+    lines = [f"| {rows[0].unit} | {' | '.join(order)} |", "|---" * (len(order) + 1)]
+    lines[-1] += "|"
+    for case, found in cells.items():
+        line = " | ".join(found.get(form, "") for form in order)
+        lines.append(f"| {case} | {line} |")
+    return lines
+
+
+def _cell(row: Row) -> str:
+    if row.value is None:
+        return "no"
+    ours = row.name.rpartition("/")[2] in peers.OURS
+    value = f"{row.value:.4g}" if row.value < 1e4 else f"{row.value:.0f}"
+    value = f"**{value}**" if ours else value
+    return value + (MARK if row.note else "")
