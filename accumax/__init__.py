@@ -15,4 +15,4 @@ from ._value_and_grad import value_and_grad as value_and_grad
 from ._window.measure import noise_scale as noise_scale
 from ._window.state import AccumulateState as AccumulateState
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

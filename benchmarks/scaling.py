@@ -145,6 +145,7 @@ def main(argv: list[str] | None = None) -> None:
     calls = across_calls(model, mesh)
     calls = {f"8 calls: {k}": calls[k] for k in (STEP, APART, ZERO)}
     found = every(whole | calls | parts, model, mesh)
+    print_scaling(found, target)
     report.table(
         "Memory of a device, in parameters, by devices that divide it",
         ["", *(f"{n:,}" for n in DEVICES)],
@@ -153,7 +154,6 @@ def main(argv: list[str] | None = None) -> None:
             for name, f in found.items()
         ],
     )
-    print_scaling(found, target)
 
 
 if __name__ == "__main__":

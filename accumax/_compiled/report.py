@@ -130,7 +130,10 @@ class Audit:
         axes = figure.add_subplot()
         steps = range(len(next(iter(self.schedule.values()))))
         rows = [[n / 2**20 for n in self.schedule[kind]] for kind in kinds]
-        axes.stackplot(steps, *rows, labels=kinds, step="mid", linewidth=0)
+        colors = [f"C{Kind.__args__.index(kind)}" for kind in kinds]  # in each picture
+        axes.stackplot(
+            steps, *rows, labels=kinds, colors=colors, step="mid", linewidth=0
+        )
         axes.set(
             xlabel="step of the schedule (each loop's body once)",
             ylabel="MiB on a device",
