@@ -71,7 +71,7 @@ class Scale(NamedTuple):
 
     models: tuple[str, ...] = ()  # all
     turns: int = 8
-    compiles: int = 3
+    compiles: int = 2
     matrices: tuple[int, int] = (16, 1024)
     seeds: int = 20
     windows: int = 50
@@ -143,14 +143,13 @@ def timed_jobs(target: str, scale: Scale) -> list[Job]:
         if scale.models and name not in scale.models:
             continue
         compiled = model(name, TIMED[name] * scale.width)
-        only = floors.MAIN if name == "leaves" else ()
         rows = functools.partial(
-            timing.compile_rows, compiled, on, target, scale.compiles, only
+            timing.compile_rows, compiled, on, target, scale.compiles, floors.MAIN
         )
         jobs.append(Job((f"trace/{name}", f"compile/{name}"), rows))
     others: dict[str, Callable[[], list[Row]]] = {
         "hold": lambda: timing.hold(target, *scale.matrices, turns),
-        "host": lambda: growth.dispatch(target, scale.leaves[:3], turns),
+        "host": lambda: growth.dispatch(target, (10, 100), turns),
         "inner_runs": timing.inner_runs,
         "error": lambda: accuracy.rows(scale.seeds, scale.windows),
         "grows/leaves": lambda: growth.leaves(on, target, scale.leaves),
