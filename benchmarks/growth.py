@@ -58,7 +58,7 @@ def microbatches(on: Device, target: str, counts: tuple[int, ...]) -> list[Row]:
 def leaves(on: Device, target: str, counts: tuple[int, ...]) -> list[Row]:
     """Seconds to trace and to compile a step of many small leaves. No ratios.
 
-    10,000 leaves are traced alone: to compile them takes XLA minutes, in any form.
+    More than 100 are only traced: 1,000 would take XLA:CPU a minute or more a form.
     """
     rows = []
     for n in counts:

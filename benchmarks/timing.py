@@ -66,6 +66,7 @@ def windows(model: zoo.Model, target: str, turns: int) -> list[Row]:
     return [
         Row(f"{case}/{name}", seconds / found[FLOOR], "x floor")
         for name, seconds in found.items()
+        if name != FLOOR
     ] + [Row(f"{case}/floor_ms", 1e3 * found[FLOOR], "ms")]
 
 
