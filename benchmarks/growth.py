@@ -56,7 +56,10 @@ def microbatches(on: Device, target: str, counts: tuple[int, ...]) -> list[Row]:
 
 
 def leaves(on: Device, target: str, counts: tuple[int, ...]) -> list[Row]:
-    """Seconds to trace and to compile a step of many small leaves. No ratios."""
+    """Seconds to trace and to compile a step of many small leaves. No ratios.
+
+    More than 100 are only traced: 1,000 would take XLA:CPU a minute or more a form.
+    """
     rows = []
     for n in counts:
         model = zoo.Model("", zoo.leaves, [zoo.array(256)] * n, zoo.array(8, 256))

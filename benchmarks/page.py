@@ -25,7 +25,16 @@ TITLES = {
     "grows/devices_memory": "Memory of a device, by devices, in the parameters' size",
     "grows/devices_sent": "What a device sends in a window, by devices",
 }
+TITLES |= {
+    "logits": "A fused linear cross entropy: `benchmarks/logits.py`",
+    "adama": "Accumulation without a gradient tree: `benchmarks/adama.py`",
+    "gradcache/memory": "InfoNCE, by microbatches: `benchmarks/info_nce.py`",
+    "gradcache/time": "InfoNCE, time over the whole batch",
+    "optax_notebook/memory": "Optax's notebook: `benchmarks/optax_notebook.py`",
+    "optax_notebook/time": "Optax's notebook, time over the manual way",
+}
 MARK = "¹"
+DIVIDED = "grows", "gradcache", "optax_notebook"  # the parts have units of their own
 
 
 def text(rows: Sequence[Row], facts: dict[str, Any]) -> str:
@@ -45,7 +54,7 @@ def text(rows: Sequence[Row], facts: dict[str, Any]) -> str:
     groups: dict[str, list[Row]] = {}
     for row in rows:
         group, *more = row.name.split("/")
-        group = f"grows/{more[0]}" if group == "grows" else group
+        group = f"{group}/{more[0]}" if group in DIVIDED else group
         groups.setdefault(group, []).append(row)
     for group, members in groups.items():
         lines += ["", f"## {TITLES.get(group, group)}", "", *_table(members, group)]

@@ -91,5 +91,5 @@ def _bars(rows: Sequence[Row], path: pathlib.Path) -> None:
     axes.set_yticklabels(names)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside upper center", ncols=len(BARS))
     figure.savefig(path, format="png", dpi=130)

@@ -51,7 +51,7 @@ import accumax
 HERE = pathlib.Path(__file__).resolve().parent
 # The models that run, how much smaller than those that are compiled.
 TIMED = {"mlp": 1 / 8, "transformer": 1 / 8, "lstm": 1 / 2, "resnet": 1 / 4}
-TIMED |= {"leaves": 1 / 4}
+TIMED |= {"leaves": 1}
 COMPILED = "mlp", "transformer", "leaves"
 QUICK = "mlp", "transformer", "lora"
 
@@ -71,7 +71,7 @@ class Scale(NamedTuple):
 
     models: tuple[str, ...] = ()  # all
     turns: int = 8
-    compiles: int = 3
+    compiles: int = 2
     matrices: tuple[int, int] = (16, 1024)
     seeds: int = 20
     windows: int = 50
@@ -108,7 +108,7 @@ def compiled_jobs(on: devices.Device, target: str, scale: Scale) -> list[Job]:
         "k": lambda: growth.microbatches(on, target, scale.k),
     }
     jobs += [Job((f"grows/{name}",), rows) for name, rows in growing.items()]
-    if not scale.models:  # what others claim
+    if scale.width == 1:  # what others claim, too large for tests
         width = 512
         claims: dict[str, Callable[[], list[Row]]] = {
             "logits": lambda: logits.rows(on, target),
@@ -143,20 +143,22 @@ def timed_jobs(target: str, scale: Scale) -> list[Job]:
         if scale.models and name not in scale.models:
             continue
         compiled = model(name, TIMED[name] * scale.width)
-        only = floors.MAIN if name == "leaves" else ()
         rows = functools.partial(
-            timing.compile_rows, compiled, on, target, scale.compiles, only
+            timing.compile_rows, compiled, on, target, scale.compiles, floors.MAIN
         )
         jobs.append(Job((f"trace/{name}", f"compile/{name}"), rows))
     others: dict[str, Callable[[], list[Row]]] = {
         "hold": lambda: timing.hold(target, *scale.matrices, turns),
-        "host": lambda: growth.dispatch(target, scale.leaves[:3], turns),
+        "host": lambda: growth.dispatch(target, (10, 100), turns),
         "inner_runs": timing.inner_runs,
         "error": lambda: accuracy.rows(scale.seeds, scale.windows),
         "grows/leaves": lambda: growth.leaves(on, target, scale.leaves),
-        "optax_notebook/time": lambda: optax_notebook.times(target, turns),
-        "gradcache/time": lambda: info_nce.time(128, target, turns),
     }
+    if scale.width == 1:
+        others |= {
+            "optax_notebook/time": lambda: optax_notebook.times(target, turns),
+            "gradcache/time": lambda: info_nce.time(128, target, turns),
+        }
     return jobs + [Job((name,), rows) for name, rows in others.items()]
 
 
@@ -169,7 +171,9 @@ def run(jobs: Sequence[Job], only: str, command: str) -> list[Row]:
         try:
             rows = job.rows()
         except KeyboardInterrupt:
-            print(f"interrupted: without {', '.join(x.names[0] for x in chosen[n:])}")
+            print(
+                f"interrupted: without {', '.join(x.names[0] for x in chosen[n - 1 :])}"
+            )
             break
         for row in rows:
             case = row.name.rpartition("/")[0] or row.name
@@ -224,6 +228,9 @@ def merged(rows: Sequence[Row], path: pathlib.Path) -> list[Row]:
     if before["code"] != results.fingerprint():
         return list(rows)
     old = {name: Row(name, **row) for name, row in before["rows"].items()}
+    for name, row in old.items():
+        if row.value is not None:  # else the note says why there is no number
+            old[name] = dataclasses.replace(row, note="")
     return list((old | {row.name: row for row in rows}).values())
 
 

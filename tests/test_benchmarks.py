@@ -1,6 +1,8 @@
 """The benchmarks run. What they time at this size means nothing; see their headers."""
 
 import accuracy
+import adama
+import devices
 import flax_states
 import forms
 import info_nce
@@ -8,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import losses
 import models
+import optax_notebook
 import pytest
+import reductions
 import results
 import run
 import speed
 import targets
+import transformer
 import zoo
 
 import accumax
@@ -103,6 +108,37 @@ def test_the_smallest_run_writes_what_pages_can_quote(tmp_path):
     page = paths[1].read_text()
     assert behind.note in page
     assert f"{run.page.MARK} |" in page
+
+
+def test_what_others_claim_is_measured(monkeypatch):
+    on, size = devices.device("cpu"), transformer.Size(2, 32, 2, 64, 16, 2)
+    monkeypatch.setattr(info_nce, "LAYERS", 1)
+    monkeypatch.setattr(info_nce, "BATCHES", (1, 4))
+    found = [
+        *adama.rows(on, "cpu", size),
+        *optax_notebook.memory(on, "cpu", size),
+        *optax_notebook.times("cpu", 1, size),
+        *info_nce.memory(64, on, "cpu"),
+        *info_nce.time(64, "cpu", 1),
+    ]
+    rows = {row.name: row.value for row in found}
+    assert len(rows) == len(found)
+    assert all(value > 0 for value in rows.values())
+    # The gradient tree that is not there, but for activations.
+    assert rows["adama/cpu/train_step"] < rows["adama/cpu/tree"]
+    memory = "optax_notebook/memory/cpu/"
+    assert rows[memory + "train_step"] < rows[memory + "multisteps"]
+    memory = "gradcache/memory/cpu/4/"
+    assert rows[memory + "microbatch"] < rows[memory + "whole"]
+
+
+def test_devices_reduce_a_gradient_once_a_window():
+    size = transformer.Size(2, 32, 2, 64, 16)
+    rows = {row.name: row.value for row in reductions.rows("cpu", size, [2])}
+    case = "reductions/transformer/cpu/"
+    assert rows[case + "value_and_grad"] == pytest.approx(1, abs=0.01)
+    assert rows[case + "train_step_and_accumulate"] == pytest.approx(1, abs=0.01)
+    assert rows[case + "multisteps"] >= forms.EVERY
 
 
 def test_a_target_that_is_unknown_is_refused(capsys):
