@@ -86,6 +86,12 @@ def masked(tree: PyTree, mask: PyTree) -> PyTree:
     )
 
 
+def used(tree: PyTree, like: PyTree) -> PyTree:
+    """`tree` with the `Unused` of `like`; all of it if they differ in structure."""
+    structures = [jax.tree.structure(x, is_leaf=_is_hole) for x in (tree, like)]
+    return masked(tree, like) if structures[0] == structures[1] else tree
+
+
 def seen(tree: PyTree, like: PyTree) -> PyTree:
     """As `trained`, with the leaves of `tree` where `like` has `Unused`."""
     return jax.tree.map(

@@ -345,6 +345,34 @@ def test_flax_states_divide_their_optimizer():
     assert distance(ends["whole"], ends["divided"]) < 1e-6
 
 
+def test_what_is_frozen_crosses_the_network_never():
+    mesh = mesh_of()
+    label = {"base": "frozen", "adapter": "trained"}
+    inner = optax.partition(
+        {"trained": optax.adam(0.1), "frozen": optax.set_to_zero()}, label
+    )
+    tx = accumax.accumulate(
+        inner, EVERY, reduce_axis=accumax.DataParallel(
+            "data", shard_optimizer=True, mesh=mesh
+        )
+    )  # fmt: skip
+
+    def loss(params, x):
+        return jnp.mean((x @ params["base"] @ params["adapter"]) ** 2)
+
+    with jax.set_mesh(mesh):
+        params = put({"base": jnp.ones((256, 256)), "adapter": jnp.ones((256, 4))})
+        state = tx.init(params)
+        x = put(jnp.ones((16, 256)), P("data"))
+        step = jax.jit(accumax.train_step(loss, tx))
+        text = step.lower(params, state, x).compile().as_text()
+        for _ in range(EVERY):
+            params, state, _ = step(params, state, x)
+    assert max(x.bytes for x in collectives(text)) <= 4 * 256 * 4
+    assert (params["base"] == 1).all()
+    assert (params["adapter"] != 1).all()
+
+
 def test_what_cannot_be_divided_is_an_error():
     with jax.set_mesh(mesh_of()):
         tx = accumax.accumulate(ADAMW, EVERY, reduce_axis=divided())
@@ -371,6 +399,10 @@ def test_what_cannot_be_divided_is_an_error():
         plain = accumax.accumulate(ADAMW, EVERY)
         with pytest.raises(ValueError, match=r"accumax\.accumulate\(\.\.\."):
             accumax.train_step(loss_fn, plain, reduce_axis=divided())
+    kinds = (AxisType.Explicit,) * 2
+    both = jax.make_mesh((2, 2), ("data", "model"), kinds, devices=jax.devices()[:4])
+    with jax.set_mesh(both), pytest.raises(ValueError, match=r"\['model'\]"):
+        tx.init(put(init()))
     with pytest.raises(TypeError, match="shard_optimizer=1"):
         accumax.DataParallel("data", shard_optimizer=1)
     with pytest.raises(TypeError, match="reduce_dtype"):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .. import _tree
 from .._types import PyTree
 from .._xla.loops import at_most_once
 from .mesh import of_arrays
@@ -77,7 +78,8 @@ class Zero1(PerDevice):
         alike = _specs_of_state(init, params)
 
         def divided(params: PyTree) -> T:
-            return self._divided(init(params), alike)
+            state = init(params)
+            return self._divided(state, self._specs(state), alike)
 
         return jax.jit(divided)(params)
 
@@ -97,11 +99,18 @@ class Zero1(PerDevice):
         # all gradients to them after the backward pass, and so keeps all until then.
         def body(both: tuple[tuple[T, S], PyTree]) -> tuple[tuple[T, S], PyTree]:
             (params, state), sums = both
-            parts, mean = self._parts(params, sums, divide, weight)
-            new, state = self._by_compiler(fun, (parts, state), mean, weight, extra)
+            # What has no gradient stays whole: it crosses the network never.
+            old = _tree.used(params, sums)
+            parts, mean = self._parts(old, sums, divide, weight)
+            carry = _tree.restore(parts, params), state
+            whole = jax.tree.map(lambda _: PartitionSpec(), params)
+            specs = _tree.restore(self._specs(parts), whole), self._specs(state)
+            all_new, state = self._by_compiler(fun, carry, specs, mean, weight, extra)
+            new = _tree.used(all_new, sums)
             if self.gather_dtype is not None:
                 new = jax.tree.map(self._change, new, parts)
-            return (self._gathered(new, params), state), sums
+            params = _tree.restore(self._gathered(new, old), all_new)
+            return (params, state), sums
 
         return at_most_once(applies, body, (carry, sums))
 
@@ -162,40 +171,43 @@ class Zero1(PerDevice):
         lower = jnp.finfo(self.gather_dtype).bits < jnp.finfo(old.dtype).bits
         return (new - old).astype(self.gather_dtype) if lower else new
 
-    def _by_compiler(self, fun: Callable[..., Any], carry: T, *same: Any) -> T:
-        """Runs `carry = fun(carry, *same)`, whose arrays XLA divides."""
+    def _by_compiler(
+        self, fun: Callable[..., Any], carry: T, specs: PyTree, *same: Any
+    ) -> T:
+        """Runs `carry = fun(carry, *same)`, whose arrays XLA divides as `specs` say."""
         if not self.axes.explicit:
-            return self._divided(fun(carry, *same))
+            return self._divided(fun(carry, *same), specs)
         # On explicit axes, types would have to say how each product is divided.
         mesh = self.axes.where()
-        out = jax.tree.map(lambda x: NamedSharding(mesh, self.cut(x).spec), carry)
+        out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         on_arrays, arrays = of_arrays(fun, (carry, *same))
         run: Any = jax.sharding.auto_axes(on_arrays, out_sharding=out)
         return run(*arrays.values())
 
-    def _divided(self, tree: T, others: PyTree = None) -> T:
-        """Constrains the arrays of `tree` to be divided.
+    def _divided(self, tree: T, specs: PyTree, others: Any = None) -> T:
+        """Constrains the arrays of `tree` to be divided as `specs` say.
 
         `others` has the sharding of each over the mesh's other axes; None for any.
         """
         mesh, free = self.axes.where(), PartitionSpec.UNCONSTRAINED
 
-        def place(x: Any, other: PartitionSpec | None) -> Any:
-            cut = self.cut(x)
+        def place(x: Any, own: PartitionSpec, other: PartitionSpec | None) -> Any:
             if self.axes.explicit:
-                return jax.sharding.reshard(x, NamedSharding(mesh, cut.spec))
+                return jax.sharding.reshard(x, NamedSharding(mesh, own))
             spec = [free] * x.ndim if other is None else [*other]
             spec += [None] * (x.ndim - len(spec))
-            for dim, names in cut.dims:
-                spec[dim] = names if spec[dim] is free else joined(names, spec[dim])
+            for dim, names in enumerate(own):
+                if names:
+                    spec[dim] = names if spec[dim] is free else joined(names, spec[dim])
             if all(entry is free for entry in spec):
                 return x
             sharding = NamedSharding(mesh, PartitionSpec(*spec))
             return lax.with_sharding_constraint(x, sharding)
 
         leaves, structure = jax.tree.flatten(tree)
+        each = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
         known = [None] * len(leaves) if others is None else others
-        return structure.unflatten(map(place, leaves, known))
+        return structure.unflatten(map(place, leaves, each, known))
 
     def _specs(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: self.cut(x).spec, tree)
@@ -255,7 +267,6 @@ def gather(
 
     A `part` of another dtype is what is to be added to `old`.
     """
-
     if dim == 0:
         return _gather_rows(part, names, old)
     parts = part.reshape(-1, *part.shape[dim:])

@@ -18,6 +18,8 @@ from .varying import match_varying, vary, varying, zeros
 
 T = TypeVar("T")
 
+SMALL = 2**16  # elements
+
 
 def at_most_once(pred: jax.Array, fun: Callable[[T], T], operand: T) -> T:
     """`fun(operand)` if `pred` else `operand`, in place on every backend.
@@ -50,9 +52,11 @@ def apart(fun: Callable[[], T], seen: jax.Array) -> T:
     `seen`, () float, is any value that XLA does not know.
     """
     shapes = jax.eval_shape(fun)
-    dtypes = [x.dtype for x in jax.tree.leaves(shapes)]
-    if any(jnp.issubdtype(dtype, jax.dtypes.extended) for dtype in dtypes):
+    leaves = jax.tree.leaves(shapes)
+    if any(jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in leaves):
         return fun()  # there are no zeros of a PRNG key
+    if sum(x.size for x in leaves) > SMALL:
+        return fun()  # a loop would have a second copy
     start = jax.tree.map(lambda x: vary(zeros(x), varying(x)), shapes)
     always = (seen == seen) | (seen != seen)
     carry = vary(always, frozenset()), start
