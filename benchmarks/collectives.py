@@ -15,10 +15,11 @@ how often the parameters are, or rows instead. "moves": other exchanges. Forms w
 reduce_axis are under automatic sharding, which reduces the gradient of a tied embedding
 twice. The state of train_step(reduce_axis) is that of a plain accumulate, the same on
 all devices, or sharded as the parameters; accumulate(reduce_axis) keeps their sums
-apart until the window closes.
+apart until the window closes. accumulate(shard_optimizer) divides the optimizer's state
+over the devices, too. "no accumulation": each call has one microbatch and an update.
 
-    accumax, compiled, 2026-11-21, jax 0.10.2, optax 0.2.8, accumax 0.1.0
-    8 x H100 80GB (compiled on AMD EPYC x 2, load 3.7)
+    accumax, compiled, 2026-11-26, jax 0.10.2, optax 0.2.8, accumax 0.1.0
+    8 x H100 80GB (compiled on AMD EPYC x 2)
 
     a transformer of 671 MB, 8 microbatches in one call
                                   args   temp    sum  /one device
@@ -34,37 +35,47 @@ apart until the window closes.
     value_and_grad(reduce_axis)  0.000     0.000    1.000    5   1175     0.000      0
 
     The same, a window of 8 calls
-                              args   temp    sum  /one device
-    optax.MultiSteps         4.000  1.209  5.209        1.230
-    train_step               4.000  1.203  5.203        1.229
-    train_step(reduce_axis)  4.000  0.303  4.303        1.016
-    accumulate(reduce_axis)  4.000  0.241  4.241        1.001
-    one device               4.000  0.234  4.234        1.000
+                                  args   temp    sum  /one device
+    no accumulation              3.000  1.222  4.222        0.997
+    optax.MultiSteps             4.000  1.209  5.209        1.230
+    train_step                   4.000  1.203  5.203        1.229
+    train_step(reduce_axis)      4.000  0.303  4.303        1.016
+    accumulate(reduce_axis)      4.000  0.241  4.241        1.001
+    accumulate(shard_optimizer)  2.250  0.241  2.491        0.588
+    one device                   4.000  0.234  4.234        1.000
 
     What it sends
-                              loop  boundary  outside  ops     MB  gathered  moves
-    optax.MultiSteps         7.200     0.000    1.600  208  10336     0.000      0
-    train_step               0.000     0.000    8.800   48  10336     0.000      0
-    train_step(reduce_axis)  0.000     0.000    8.000   40   9397     0.000      0
-    accumulate(reduce_axis)  0.000     1.000    0.000    5   1175     0.000      0
+                                  loop  boundary  outside  ops     MB  gathered  moves
+    no accumulation              7.200     0.000    1.600  208  10336     0.000      0
+    optax.MultiSteps             7.200     0.000    1.600  208  10336     0.000      0
+    train_step                   0.000     0.000    8.800   48  10336     0.000      0
+    train_step(reduce_axis)      0.000     0.000    8.000   40   9397     0.000      0
+    accumulate(reduce_axis)      0.000     1.000    0.000    5   1175     0.000      0
+    accumulate(shard_optimizer)  0.000     1.000    0.000   46   1175     1.000      0
 
     Sharded: a transformer of 671 MB, 8 microbatches in one call
-                         args   temp    sum  gathered  reduced    loop     MB  moves
+    gather, reduce       args   temp    sum  gathered  reduced    loop     MB  moves
     automatic sharding  0.375  0.513  0.888    15.401   10.000  10.000  18265    480
     FSDP                0.375  0.513  0.888    15.401   10.000  10.000  18265    480
     FSDP(once=True)     0.375  2.300  2.675     1.000    1.000   0.000   1175      0
 
     Sharded: a transformer of 671 MB, a window of 8 calls
-                         args   temp    sum  gathered  reduced   loop     MB  moves
+    gather, reduce       args   temp    sum  gathered  reduced   loop     MB  moves
     automatic sharding  0.500  0.388  0.888    15.401   10.000  9.600  18265    480
     FSDP                0.500  0.388  0.888    15.401   10.000  9.600  18265    480
-    FSDP(once=True)     0.500  2.103  2.603     8.000    8.000  0.000   9397      0
+    FSDP(once=True)     0.500  2.094  2.594     8.000    8.000  0.000   9397      0
 
     Sharded: 16 matrices of 1024 x 1024, not scanned, 8 microbatches in one call
-                         args   temp    sum  gathered  reduced   loop   MB  moves
+    gather, reduce       args   temp    sum  gathered  reduced   loop   MB  moves
     automatic sharding  0.500  1.453  1.953     8.000    8.000  8.000  940      0
     FSDP                0.500  1.453  1.953     8.000    8.000  8.000  940      0
     FSDP(once=True)     0.500  2.547  3.047     1.000    1.000  0.000  117      0
+
+    Sharded: 16 matrices of 1024 x 1024, not scanned, a window of 8 calls
+    gather, reduce       args   temp    sum  gathered  reduced   loop   MB  moves
+    automatic sharding  0.516  1.313  1.828     8.000    8.000  0.000  940      0
+    FSDP                0.516  1.313  1.828     8.000    8.000  0.000  940      0
+    FSDP(once=True)     0.516  1.313  1.828     8.000    8.000  0.000  940      0
 """
 
 import argparse

@@ -30,7 +30,6 @@ from accumax._devices.reduce_axis import check_window_axis
 
 AXIS, MIB = "data", 2**20
 SIZE = transformer.Size(4, 512, 8, 32768, 512)
-ROWS = 2  # of the batch on each device
 
 
 def specs_of(params: Any, count: int) -> Any:
@@ -70,14 +69,14 @@ def compiled(
     return memory.argument_size_in_bytes / MIB, memory.temp_size_in_bytes / MIB
 
 
-def rows_of(mesh: Mesh) -> dict[str, tuple[float, float]]:
-    """The memory of each form, by its name."""
+def rows_of(mesh: Mesh, each: int) -> dict[str, tuple[float, float]]:
+    """The memory of each form, by its name, for a batch of `each` rows on a device."""
     adamw, count, shapes = forms.ADAMW, mesh.size, transformer.shapes(SIZE)
 
     def loss(params: Any, batch: Any) -> jax.Array:
         return transformer.loss(SIZE, params, batch)
 
-    fsdp, rows = specs_of(shapes, count), ROWS * count
+    fsdp, rows = specs_of(shapes, count), each * count
     pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(fsdp), strict=True)
     alike = {p.shape: spec for p, spec in pairs}
     ordinary = jax.eval_shape(adamw.init, shapes)
@@ -121,13 +120,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", nargs="?", default="cpu", choices=("cpu", *CHIPS))
-    target = parser.parse_args().target
+    parser.add_argument("--rows", type=int, default=8, help="on each device")
+    args = parser.parse_args()
+    target = args.target
     mesh = Mesh(np.array(devices.devices(target)), (AXIS,))
     chip = CHIPS.get(target, "CPU")
     report.header("MaxText issue 5039, compiled", f"8 x {chip} (on {report.host()})")
-    found = rows_of(mesh)
+    found = rows_of(mesh, args.rows)
     report.table(
-        f"MiB of a device, {ROWS} rows on each",
+        f"MiB of a device, {args.rows} rows on each",
         ["parameters, microbatches", "arguments", "temp", "both"],
         [
             [name, f"{a:.1f}", f"{t:.1f}", f"{a + t:.1f}"]
