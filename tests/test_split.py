@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from accumax._batch.outputs import reducer
 from accumax._batch.split import split
+from accumax._devices import replicated
 
 
 def parts_of(rows, **options):
@@ -48,3 +49,14 @@ def test_a_scan_visits_the_smaller_one_last():
 
     assert parts.scan(body, jnp.int32(0)) == 123
     assert [part.tail for part in parts.each()] == [False, True]
+
+
+def test_buckets_hold_each_array_once_and_large_ones_alone():
+    whole = replicated.BUCKET
+    sizes = [1, whole, whole // 2, whole // 3, whole // 4, 3 * whole, 5]
+    groups = replicated.buckets(sizes)
+    assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
+    assert [1] in groups
+    assert [5] in groups
+    assert all(sum(sizes[i] for i in g[:-1]) < whole for g in groups)
+    assert replicated.buckets([]) == []

@@ -23,7 +23,7 @@ from .wire import all_reduce, check_dtype
 T = TypeVar("T")
 S = TypeVar("S")
 
-AT_ONCE = 2**16  # elements: arrays up to here are reduced together
+BUCKET = 2**20  # elements: so many are reduced together, if no array has more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,10 +273,10 @@ class PerDevice(Replicated):
         return at_most_once(applies, body, (carry, sums))
 
     def _in_turn(self, applies: jax.Array, sums: T) -> T:
-        """Sums a state's sums over devices in place.
+        """Sums a state's sums over devices in place, a bucket of arrays at a time.
 
-        Each large array has a loop of its own: XLA:GPU concatenates arrays to reduce
-        them together (16 matrices: temp of 1.0; with the loops, 0).
+        Each bucket has a loop of its own: XLA:GPU concatenates arrays to reduce them
+        together (16 matrices: temp of 1.0; with the loops, 0).
         """
 
         def reduce(sums: PyTree) -> PyTree:
@@ -286,13 +286,11 @@ class PerDevice(Replicated):
             return self.on_each(on_device, (sums,), ())[0]
 
         leaves, structure = jax.tree.flatten(sums)
-        large = [x.size // self.divides > AT_ONCE for x in leaves]
-        small = [x for x, alone in zip(leaves, large, strict=True) if not alone]
-        small = iter(at_most_once(applies, reduce, small))
-        return structure.unflatten(
-            at_most_once(applies, reduce, x) if alone else next(small)
-            for x, alone in zip(leaves, large, strict=True)
-        )
+        for bucket in buckets([x.size // self.divides for x in leaves]):
+            new = at_most_once(applies, reduce, [leaves[i] for i in bucket])
+            for i, x in zip(bucket, new, strict=True):
+                leaves[i] = x
+        return structure.unflatten(leaves)
 
     def total(self, sums: T) -> T:
         return self._on_all(self.sum_gradients, sums)[1]
@@ -391,6 +389,21 @@ class DataParallel:
                 f"gather_dtype={self.gather_dtype!r} is for shard_optimizer=True: "
                 "without it no parameters are gathered."
             )
+
+
+def buckets(sizes: list[int]) -> list[list[int]]:
+    """Groups indices of `sizes`, about `BUCKET` in each; a larger one is alone."""
+    groups: list[list[int]] = []
+    open_group, total = [], 0
+    for i, size in enumerate(sizes):
+        if size >= BUCKET:
+            groups.append([i])
+            continue
+        open_group, total = [*open_group, i], total + size
+        if total >= BUCKET:
+            groups.append(open_group)
+            open_group, total = [], 0
+    return [*groups, open_group] if open_group else groups
 
 
 def on_first(x: jax.Array, names: tuple[str, ...]) -> jax.Array:
