@@ -179,7 +179,8 @@ def test_a_window_reduces_its_gradient_once_where_it_closes(case):
     tx = apart(**kept)
     step = accumax.train_step(loss, tx, **options)
     found = collectives_of(step, placed(params), state_of(tx, params), rows())
-    check_window(found, params)
+    # The loss, and whether all devices accept the call.
+    check_window(found, params, small=1 + ("nonfinite" in kept))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "many_devices.md"
 
 def test_the_code_of_the_page_runs():
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     namespace = {}
     before = jax.sharding.get_mesh()
     try:
