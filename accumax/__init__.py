@@ -5,7 +5,7 @@ from ._accumulate import flush as flush
 from ._accumulate import has_updated as has_updated
 from ._compiled.audit import audit as audit
 from ._compiled.plan import plan as plan
-from ._devices.replicated import DataParallel as DataParallel
+from ._devices.reduce_axis import DataParallel as DataParallel
 from ._devices.sharded import FSDP as FSDP
 from ._microbatch import microbatch as microbatch
 from ._train_step import apply_gradients as apply_gradients

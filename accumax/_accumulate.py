@@ -10,8 +10,7 @@ import numpy as np
 import optax
 
 from ._devices.mesh import AxisNames
-from ._devices.reduce_axis import check_window_axis
-from ._devices.replicated import DataParallel
+from ._devices.reduce_axis import DataParallel, check_window_axis
 from ._sums import accumulator
 from ._types import DTypeLike, NonFinite, PyTree, Reduction, Schedule
 from ._window import boundary
