@@ -205,9 +205,8 @@ class Zero1(PerDevice):
             return lax.with_sharding_constraint(x, sharding)
 
         leaves, structure = jax.tree.flatten(tree)
-        each = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
         known = [None] * len(leaves) if others is None else others
-        return structure.unflatten(map(place, leaves, each, known))
+        return structure.unflatten(map(place, leaves, jax.tree.leaves(specs), known))
 
     def _specs(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda x: self.cut(x).spec, tree)

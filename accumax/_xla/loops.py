@@ -14,7 +14,7 @@ from jax import lax
 
 from .. import _tree
 from .._types import ArrayLike, PyTree
-from .varying import match_varying, vary, varying, zeros
+from .varying import match_varying, zeros
 
 T = TypeVar("T")
 
@@ -57,15 +57,9 @@ def apart(fun: Callable[[], T], seen: jax.Array) -> T:
         return fun()  # there are no zeros of a PRNG key
     if sum(x.size for x in leaves) > SMALL:
         return fun()  # a loop would have a second copy
-    start = jax.tree.map(lambda x: vary(zeros(x), varying(x)), shapes)
     always = (seen == seen) | (seen != seen)
-    carry = vary(always, frozenset()), start
-
-    def body(carry: tuple[jax.Array, T]) -> tuple[jax.Array, T]:
-        return jnp.zeros_like(carry[0]), fun()
-
     with jax.named_scope("accumax.once"):
-        return lax.while_loop(lambda carry: carry[0], body, carry)[1]
+        return at_most_once(always, lambda _: fun(), jax.tree.map(zeros, shapes))
 
 
 def after(tree: PyTree, i: int) -> jax.Array:
