@@ -200,16 +200,21 @@ def across_calls(model: Model, mesh: Mesh) -> dict[str, Case]:
     }
 
 
-def sharded(model: Model, mesh: Mesh, calls: int) -> dict[str, Case]:
-    """Parameters and optimizer state divided over the devices, in a window of `calls`,
-    one or EVERY."""
+def by_longest(params: Any, mesh: Mesh) -> Any:
+    """Divides each parameter along its longest dimension, if the devices divide it."""
 
     def spec(p: Any) -> P:
         longest = p.shape.index(max(p.shape))
         cut = [AXIS if i == longest else None for i in range(len(p.shape))]
         return P() if p.shape[longest] % mesh.size else P(*cut)
 
-    specs = jax.tree.map(spec, model.params)
+    return jax.tree.map(spec, params)
+
+
+def sharded(model: Model, mesh: Mesh, calls: int) -> dict[str, Case]:
+    """Parameters and optimizer state divided over the devices, in a window of `calls`,
+    one or EVERY."""
+    specs = by_longest(model.params, mesh)
 
     def applied(**options: Any) -> Case:
         if calls > 1:

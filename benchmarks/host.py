@@ -77,7 +77,7 @@ def functional(count: int, mesh: Mesh) -> dict[str, tuple[Callable[..., Any], tu
 
 def of_flax(count: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
     """Steps of Flax's states, on one device."""
-    from flax import linen, nnx
+    from flax import nnx
     from flax.training import train_state
 
     import accumax.linen
@@ -93,7 +93,6 @@ def of_flax(count: int) -> dict[str, tuple[Callable[..., Any], tuple]]:
     tx = accumax.accumulate(INNER, EVERY)
     theirs = train_state.TrainState.create(apply_fn=loss, params=params(), tx=INNER)
     ours = accumax.linen.TrainState.create(apply_fn=loss, params=params(), tx=tx)
-    del linen
 
     class Module(nnx.Module):
         def __init__(self) -> None:

@@ -21,98 +21,63 @@ import jax.numpy as jnp
 import numpy as np
 import report
 import transformer
+from collectives import AXIS, Case, Model, by_longest, every
 from devices import CHIPS
-from jax.sharding import Mesh, NamedSharding
+from forms import Form
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import accumax
-from accumax._devices.reduce_axis import check_window_axis
 
-AXIS, MIB = "data", 2**20
+MIB = 2**20
 SIZE = transformer.Size(4, 512, 8, 32768, 512)
 
 
-def specs_of(params: Any, count: int) -> Any:
-    """How FSDP divides parameters: along their longest dimension."""
-
-    def spec(p: Any) -> P:
-        longest = p.shape.index(max(p.shape))
-        cut = [AXIS if i == longest else None for i in range(len(p.shape))]
-        return P() if p.shape[longest] % count else P(*cut)
-
-    return jax.tree.map(spec, params)
-
-
-def compiled(
-    step: Any, mesh: Mesh, state: Any, params: P | Any, state_specs: Any, rows: int
-) -> tuple[float, float]:
-    """MiB of a device: arguments and temp."""
-
-    def placed(tree: Any, specs: Any) -> Any:
-        specs = jax.tree.broadcast(specs, tree, is_leaf=lambda x: isinstance(x, P))
-        return jax.tree.map(
-            lambda x, spec: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
-            ),
-            tree,
-            specs,
-        )
-
+def model_of(rows: int) -> Model:
+    """A transformer, and a batch of so many rows on all devices."""
     batch = jax.ShapeDtypeStruct((rows, SIZE.length + 1), jnp.int32)
-    given = placed(transformer.shapes(SIZE), params), placed(state, state_specs)
-    kept = jax.tree.map(lambda x: x.sharding, given)
-    jitted = jax.jit(
-        step, donate_argnums=(0, 1), keep_unused=True, out_shardings=(*kept, None)
-    )
-    memory: Any = jitted.lower(*given, placed(batch, P(AXIS))).compile()
-    memory = memory.memory_analysis()
-    return memory.argument_size_in_bytes / MIB, memory.temp_size_in_bytes / MIB
-
-
-def rows_of(mesh: Mesh, each: int) -> dict[str, tuple[float, float]]:
-    """The memory of each form, by its name, for a batch of `each` rows on a device."""
-    adamw, count, shapes = forms.ADAMW, mesh.size, transformer.shapes(SIZE)
 
     def loss(params: Any, batch: Any) -> jax.Array:
         return transformer.loss(SIZE, params, batch)
 
-    fsdp, rows = specs_of(shapes, count), each * count
-    pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(fsdp), strict=True)
-    alike = {p.shape: spec for p, spec in pairs}
-    ordinary = jax.eval_shape(adamw.init, shapes)
-    found = {}
+    return Model(loss, transformer.shapes(SIZE), lambda _: batch)
+
+
+def cases(model: Model, mesh: Mesh) -> dict[str, Case]:
+    """The forms of a step on one batch, by their names."""
+    divided, found = by_longest(model.params, mesh), {}
     for name, params, over in (
         ("replicated", P(), accumax.DataParallel(AXIS, mesh=mesh)),
-        ("FSDP", fsdp, accumax.FSDP(AXIS, fsdp, mesh=mesh)),
+        ("FSDP", divided, accumax.FSDP(AXIS, divided, mesh=mesh)),
     ):
-        state = jax.tree.map(
-            lambda x, p=params: P() if p == P() else alike.get(x.shape, P()), ordinary
-        )
         for parts in (1, 2):
-            gradient = jax.value_and_grad(loss)
+            gradient = jax.value_and_grad(model.loss)
             if parts > 1:
                 gradient = accumax.value_and_grad(
-                    loss, microbatches=parts, reduce_axis=over
+                    model.loss, microbatches=parts, reduce_axis=over
                 )
-            step = forms.whole(forms.applied(adamw), gradient).step
-            found[f"{name}, {parts}"] = compiled(
-                step, mesh, ordinary, params, state, rows
-            )
-    over = accumax.DataParallel(AXIS, shard_optimizer=True, mesh=mesh)
-    tx = accumax.accumulate(adamw, 2, reduce_axis=over)
-    window = jax.eval_shape(tx.init, shapes)
-    zero: Any = check_window_axis(over)
-    specs = jax.tree.map(lambda _: P(), window)._replace(
-        acc_grads=P(AXIS),
-        inner_opt_state=jax.tree.map(
-            lambda x: zero.cut(x).spec, window.inner_opt_state
-        ),
-    )
-    step = accumax.train_step(loss, tx)
-    found["shard_optimizer, 2 calls"] = compiled(
-        step, mesh, window, P(), specs, rows // 2
-    )
+            form = forms.whole(forms.applied(forms.ADAMW), gradient)
+            found[f"{name}, {parts}"] = Case(form, params=params)
     return found
+
+
+def window(model: Model, mesh: Mesh) -> dict[str, Case]:
+    """Two calls, with one half of the batch each."""
+    over = accumax.DataParallel(AXIS, shard_optimizer=True, mesh=mesh)
+    tx = accumax.accumulate(forms.ADAMW, 2, reduce_axis=over)
+    form = Form(accumax.train_step(model.loss, tx), tx.init)
+    return {"shard_optimizer, 2 calls": Case(form, 2, apart=over)}
+
+
+def rows_of(mesh: Mesh, each: int) -> dict[str, tuple[float, float]]:
+    """MiB of a device, arguments and temp, for a batch of `each` rows on each."""
+    whole, half = (model_of(n * mesh.size) for n in (each, each // 2))
+    found = every(cases(whole, mesh), whole, mesh)
+    found |= every(window(half, mesh), half, mesh)
+    return {
+        name: (f.arguments * f.unit / MIB, f.temp * f.unit / MIB)
+        for name, f in found.items()
+    }
 
 
 def main() -> None:

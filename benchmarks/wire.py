@@ -10,6 +10,16 @@ device sends, for one that sends float32 in a ring.
 
     accumax on the wire, 2026-11-26, jax 0.10.2, optax 0.2.8, accumax 0.1.0
     AMD EPYC x 2
+
+    Relative error of a sum over 8 devices, 1,048,576 numbers
+                                             noise 0.1  noise 10  bytes
+    float32: psum                              4.7e-08   5.6e-08      1
+    bfloat16: psum                             2.6e-03   3.6e-03    0.5
+    bfloat16: reduce_dtype                     1.8e-03   2.3e-03    0.5
+    bfloat16: reduce_dtype, shard_optimizer    5.9e-04   1.6e-03   0.25
+    float16: psum                              3.9e-04   5.0e-04    0.5
+    float16: reduce_dtype                      2.2e-04   2.9e-04    0.5
+    float16: reduce_dtype, shard_optimizer     7.4e-05   2.0e-04   0.25
 """
 
 import functools
