@@ -34,12 +34,14 @@ hypothesis.settings.load_profile("few")  # .ci/run: --hypothesis-profile=many
 
 @pytest.hookimpl(tryfirst=True)  # before what is slow is left out
 def pytest_collection_modifyitems(items):
-    """Marks as slow what a crossed test does not need to have each value once.
+    """Marks as slow, or as whole, what a crossed test does not need to have each value.
 
-    A test of two parameters or more runs for all their combinations in `.ci/run`. In
-    the README's command, which leaves out what is slow, it runs for as few of them as
-    have every value of every parameter among them. The carried twin of a form in place
-    runs there if it is the subject: what has no parameter but `in_place` has one run.
+    Of the combinations of a test's parameters the README's command, which leaves out
+    what is slow, runs as few as have every value of every parameter among them.
+    `.ci/run` runs as few as have every pair of values of two parameters. All others are
+    marked as whole, and wait for a release. The carried twin of a form in place runs in
+    the README's command if it is the subject: what has no parameter but `in_place` has
+    one run.
     """
     assert os.environ["XLA_FLAGS"] == FLAGS, "Collecting a module set it."
     for item in items:
@@ -47,14 +49,27 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
     crossed = [x for x in items if len(_axes(x)) > 1]
     for _, group in itertools.groupby(crossed, lambda x: (x.path, x.originalname)):
-        left = list(group)
-        missing = set().union(*map(_axes, left))
-        while missing:
-            best = max(left, key=lambda item: len(missing & _axes(item)))
-            missing -= _axes(best)
-            left.remove(best)
-        for item in left:
-            item.add_marker(pytest.mark.slow)
+        group = list(group)
+        few = _cover(group, 1)
+        for item in group:
+            if item not in few:
+                item.add_marker(pytest.mark.slow)
+        for item in set(group) - {*few, *_cover(group, 2, few)}:
+            item.add_marker(pytest.mark.whole)
+
+
+def _cover(items, size, chosen=()):
+    """Few items that, with `chosen`, have every combination of `size` values."""
+
+    def has(item):
+        return set(itertools.combinations(sorted(_axes(item)), size))
+
+    missing = set().union(*map(has, items)).difference(*map(has, chosen))
+    found = []
+    while missing:
+        found.append(max(items, key=lambda item: len(missing & has(item))))
+        missing -= has(found[-1])
+    return found
 
 
 def _axes(item):

@@ -3,14 +3,16 @@
     python tests/processes.py --victim 1 --place save
 
 One run is a process of eight CPU devices, the other one two processes of four, which
-find each other on the loopback interface. Both end with the same parameters, optimizer
-state, counters and open window, to the bit and on every device. Then process `--victim`
-is killed (SIGKILL) in the middle: the other one ends with an error instead of waiting
-for ever, and two new ones go on from the newest Orbax checkpoint to the same end.
+find each other on the loopback interface. Each trains in several ways in turn (`WAYS`).
+Both end with the same parameters, optimizer state, counters and open window, to the bit
+and on every device. Then process `--victim` is killed (SIGKILL) in the middle: the
+other one ends with an error instead of waiting for ever, and two new ones go on from
+the newest Orbax checkpoint to the same end.
 """
 
 import argparse
 import faulthandler
+import functools
 import os
 import pathlib
 import signal
@@ -24,11 +26,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-DEVICES, EVERY, CALLS, ROWS = 8, 3, 8, 32
+DEVICES, EVERY, CALLS, ROWS = 8, 3, 7, 32
 DIES = 6  # the call in which a victim dies, which closes a window
 
-# Of numbers whose sums are exact, and then with an optimizer state in parts (ZeRO-1).
-DATA = "integers", "reals", "divided"
+# What a run trains, one after the other in each call. All but "reals" are of numbers
+# whose sums are exact; "divided" has its optimizer state in parts (ZeRO-1), and
+# "groups" are two of four devices that hold the parameters once (HSDP).
+WAYS = "integers", "reals", "divided", "groups"
 
 # Where the victim is then, which waits there for its end: before the step, so that the
 # other one is in a collective; before the save, so that it is in a barrier of Orbax; or
@@ -41,10 +45,10 @@ PLACES = "step", "save", "write"
 HEARTBEAT, NOTICE, PATIENCE = 5, 20, 120
 
 
-def batch(data: str, call: int) -> Any:
+def batch(way: str, call: int) -> Any:
     """All rows of a call, of which each process takes its part."""
     chance = np.random.default_rng(call)
-    if data == "reals":
+    if way == "reals":
         x, y = chance.normal(size=(ROWS, 6)), chance.normal(size=(ROWS, 2))
     else:
         x, y = chance.integers(-3, 4, (ROWS, 6)), chance.integers(-9, 10, (ROWS, 2))
@@ -61,7 +65,18 @@ def start() -> Any:
     }
 
 
-def training(data: str) -> tuple[Any, Any]:
+def mesh_of(way: str) -> Any:
+    """The devices, in order; as two groups, each of one process if there are two."""
+    import jax
+    from jax.sharding import AxisType
+
+    if way == "groups":
+        kinds = (AxisType.Auto, AxisType.Auto)
+        return jax.make_mesh((2, DEVICES // 2), ("data", "shard"), axis_types=kinds)
+    return jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
+
+
+def training(way: str) -> tuple[Any, Any]:
     """A transformation, and the step of it."""
     import jax
     import optax
@@ -71,8 +86,8 @@ def training(data: str) -> tuple[Any, Any]:
     # Lion moves a parameter by its rate, whatever the size of the gradient. From
     # integers all parameters then are multiples of 1/8, and sums of gradients are exact
     # in any order: gloo and XLA's own collective add in different ones.
-    inner = optax.adamw(1e-2) if data == "reals" else optax.lion(1 / 8, weight_decay=0)
-    over = accumax.DataParallel("data", shard_optimizer=data == "divided")
+    inner = optax.adamw(1e-2) if way == "reals" else optax.lion(1 / 8, weight_decay=0)
+    over = accumax.DataParallel("data", shard_optimizer=way == "divided")
     tx = accumax.accumulate(inner, every=EVERY, reduce_axis=over)
 
     def loss_fn(params: Any, rows: Any) -> Any:
@@ -80,15 +95,15 @@ def training(data: str) -> tuple[Any, Any]:
         error = hidden @ params["out"] + params["bias"][None] - rows["y"]
         return (error**2).sum(axis=1).mean()
 
-    step = accumax.train_step(loss_fn, tx, microbatch_size=16)
+    step = accumax.train_step(loss_fn, tx, microbatches=2)
     return tx, jax.jit(step, donate_argnums=(0, 1))
 
 
-def shards(tree: Any, mesh: Any) -> dict[str, np.ndarray]:
+def shards(tree: Any) -> dict[str, np.ndarray]:
     """What each device of this process holds of each leaf, without a collective."""
     import jax
 
-    places = {device: n for n, device in enumerate(mesh.devices.flat)}
+    places = {device: n for n, device in enumerate(jax.devices())}
     return {
         f"{jax.tree_util.keystr(path)} of {places[shard.device]}": np.asarray(
             shard.data
@@ -105,7 +120,7 @@ def work(flags: argparse.Namespace) -> None:
 
     import jax
     import orbax.checkpoint as ocp
-    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
     me, processes = flags.worker, flags.processes
@@ -122,32 +137,45 @@ def work(flags: argparse.Namespace) -> None:
         )
     assert jax.device_count() == DEVICES
     assert jax.local_device_count() == DEVICES // processes
-    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Auto,))
-    rows = NamedSharding(mesh, P("data"))
     mine = slice(ROWS * me // processes, ROWS * (me + 1) // processes)
+    meshes = {way: mesh_of(way) for way in WAYS}
 
-    def of_all(local: np.ndarray) -> jax.Array:
+    def of_all(mesh: Any, local: np.ndarray) -> jax.Array:
+        rows = NamedSharding(mesh, P(mesh.axis_names))
         return jax.make_array_from_process_local_data(rows, local[mine])
+
+    steps, now = {}, {}
+    for way, mesh in meshes.items():
+        with jax.set_mesh(mesh):
+            tx, steps[way] = training(way)
+            specs = {"in": P(), "out": P(), "bias": P()}
+            if "shard" in mesh.axis_names:
+                specs |= {"in": P(None, "shard"), "out": P("shard")}
+            params = {
+                name: jax.device_put(x, NamedSharding(mesh, specs[name]))
+                for name, x in start().items()
+            }
+            now[way] = params, tx.init(params), None
 
     # A file of its own: gloo writes to stdout, from many threads.
     with (
         (flags.folder / f"said{me}").open("w", buffering=1) as said,
-        jax.set_mesh(mesh),
         ocp.CheckpointManager(
             flags.steps, options=ocp.CheckpointManagerOptions(max_to_keep=2)
         ) as manager,
     ):
-        tx, step = training(flags.data)
-        params = jax.device_put(start(), NamedSharding(mesh, P()))
-        state = tx.init(params)
+
+        def kept() -> Any:
+            return {way: (params, state) for way, (params, state, _) in now.items()}
+
         first = manager.latest_step() or 0
         if first:
             like = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                (params, state),
+                kept(),
             )
-            args = ocp.args.StandardRestore(like)
-            params, state = manager.restore(first, args=args)
+            found = manager.restore(first, args=ocp.args.StandardRestore(like))
+            now = {way: (*found[way], None) for way in WAYS}
         print("from", first, file=said)
 
         def may_die(place: str) -> None:
@@ -157,18 +185,20 @@ def work(flags: argparse.Namespace) -> None:
                 print("dies", file=said)
                 signal.pause()
 
-        loss = None
         for n in range(first, CALLS):
             may_die("step")
-            global_batch = jax.tree.map(of_all, batch(flags.data, n))
-            params, state, loss = step(params, state, global_batch)
-            jax.block_until_ready(loss)
+            for way, mesh in meshes.items():
+                with jax.set_mesh(mesh):
+                    rows = jax.tree.map(functools.partial(of_all, mesh), batch(way, n))
+                    params, state, _ = now[way]
+                    now[way] = steps[way](params, state, rows)
+            jax.block_until_ready(now)
             may_die("save")
-            manager.save(n + 1, args=ocp.args.StandardSave((params, state)))
+            if n + 1 >= DIES - 1:  # what is older is not read again
+                manager.save(n + 1, args=ocp.args.StandardSave(kept()))
             may_die("write")
         manager.wait_until_finished()
-        found = shards({"params": params, "state": state, "loss": loss}, mesh)
-        np.savez(flags.folder / f"end{me}.npz", **found)
+        np.savez(flags.folder / f"end{me}.npz", **shards(now))
     if processes > 1:
         jax.distributed.shutdown()
 
@@ -179,12 +209,11 @@ class Workers:
     def __init__(
         self,
         steps: pathlib.Path,
-        data: str,
         processes: int,
         victim: int | None = None,
         place: str = "",
     ):
-        self.steps, self.data, self.number = steps, data, processes
+        self.steps, self.number = steps, processes
         self.victim, self.place = victim, place
         self.running: list[subprocess.Popen] = []
 
@@ -220,7 +249,7 @@ class Workers:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         beat = PATIENCE if self.victim is None else HEARTBEAT
-        command = [sys.executable, str(here), "--data", self.data, "--address", address]
+        command = [sys.executable, str(here), "--address", address]
         command += ["--processes", str(self.number), "--heartbeat", str(beat)]
         command += ["--folder", str(self.folder), "--steps", str(self.steps)]
         for n in range(self.number):
@@ -262,9 +291,9 @@ class End(NamedTuple):
     shards: dict[str, np.ndarray]
 
 
-def run(steps: pathlib.Path, data: str, processes: int) -> End:
+def run(steps: pathlib.Path, processes: int) -> End:
     """A run that nobody disturbs, from the newest of the checkpoints in `steps`."""
-    with Workers(steps, data, processes) as workers:
+    with Workers(steps, processes) as workers:
 
         def ended() -> bool:
             return all(worker.poll() == 0 for worker in workers.running)
@@ -288,9 +317,9 @@ class Death(NamedTuple):
     seconds: float
 
 
-def kill(steps: pathlib.Path, data: str, victim: int, place: str) -> Death:
+def kill(steps: pathlib.Path, victim: int, place: str) -> Death:
     """Kills one of two processes when it is at `place`, and waits for the other one."""
-    with Workers(steps, data, 2, victim, place) as workers:
+    with Workers(steps, 2, victim, place) as workers:
         other = workers.running[1 - victim]
         workers.until(lambda: "dies" in workers.read(f"said{victim}"), PATIENCE)
         workers.running[victim].kill()
@@ -316,7 +345,6 @@ def different(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=DATA, default="integers")
     parser.add_argument("--victim", type=int, choices=[0, 1], default=1)
     parser.add_argument("--place", choices=PLACES, default="")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -330,15 +358,15 @@ def main() -> None:
         return work(flags)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        one, two = (run(folder / str(n), flags.data, n) for n in (1, 2))
+        one, two = (run(folder / str(n), n) for n in (1, 2))
         print("one process and two differ in", different(one.shards, two.shards))
         for place in [flags.place] if flags.place else PLACES:
             steps = folder / place
-            death = kill(steps, flags.data, flags.victim, place)
+            death = kill(steps, flags.victim, place)
             print(death.log)
             print(f"{place}: {death.code} after {death.seconds:.1f} seconds")
             print("left:", sorted(path.name for path in steps.iterdir()))
-            end = run(steps, flags.data, 2)
+            end = run(steps, 2)
             lost = different(two.shards, end.shards)
             print(f"{place}: from call {end.first}, other bits in {lost}")
 

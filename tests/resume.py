@@ -145,15 +145,30 @@ def digest(state: Any) -> str:
     return found.hexdigest()
 
 
-def work(form: str, devices: int, calls: int, folder: str) -> None:
-    """One attempt: from the newest checkpoint to the end."""
+def begin(form: str, devices: int) -> tuple[Any, Any]:
+    """A sharded state, and what takes it through the call of a number."""
     import jax
-    import orbax.checkpoint as ocp
 
     state, call = FORMS[form]()
     state = sharded(state, devices)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(call, donate_argnums=0, out_shardings=shardings)
+    return state, lambda state, n: step(state, sharded(batch(n), devices))
+
+
+def undisturbed(form: str, devices: int, calls: int) -> str:
+    """The digest of a training that nobody stops, in this process."""
+    state, step = begin(form, devices)
+    for n in range(calls):
+        state = step(state, n)
+    return digest(state)
+
+
+def work(form: str, devices: int, calls: int, folder: str) -> None:
+    """One attempt: from the newest checkpoint to the end."""
+    import orbax.checkpoint as ocp
+
+    state, step = begin(form, devices)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager(folder, options=options) as manager:
         start = manager.latest_step()
@@ -162,7 +177,7 @@ def work(form: str, devices: int, calls: int, folder: str) -> None:
             state = manager.restore(start, args=args)
         print("from", start or 0, flush=True)
         for n in range(start or 0, calls):
-            state = step(state, sharded(batch(n), devices))
+            state = step(state, n)
             manager.save(n + 1, args=ocp.args.StandardSave(state))
             print("call", n + 1, flush=True)
         manager.wait_until_finished()
@@ -190,12 +205,9 @@ def attempt(
 ) -> str | None:
     """Starts a process and, with `kill`, ends it a few calls later; else its digest."""
     here = pathlib.Path(__file__).resolve()
-    flags = os.environ.get("XLA_FLAGS", "").split()
-    flags = [x for x in flags if "device_count" not in x]
-    flags.append(f"--xla_force_host_platform_device_count={devices}")
     command = [sys.executable, str(here), "--worker", folder]
     command += ["--form", form, "--devices", str(devices), "--calls", str(calls)]
-    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     paths = [str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     left = kill.randint(0, 6) if kill else -1
@@ -220,12 +232,12 @@ def attempt(
 def run(form: str, devices: int, kills: int, calls: int, seed: int = 0) -> None:
     """Raises AssertionError if anything is lost."""
     chance = random.Random(seed)
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+    with tempfile.TemporaryDirectory() as folder:
         for _ in range(kills):
-            found = attempt(form, devices, calls, one, chance)
+            found = attempt(form, devices, calls, folder, chance)
             assert found is None, "It ended before it could be killed: more calls."
-        found = attempt(form, devices, calls, one, None)
-        want = attempt(form, devices, calls, other, None)
+        found = attempt(form, devices, calls, folder, None)
+    want = undisturbed(form, devices, calls)
     assert found == want, f"{found} is not {want}: something was lost."
     print(
         f"{form}, {devices} devices: {kills} kills in {calls} calls, and all is there"
@@ -250,6 +262,8 @@ def main() -> None:
     elif flags.worker:
         work(flags.form, flags.devices, calls, flags.worker)
     else:
+        count = f"--xla_force_host_platform_device_count={flags.devices}"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}"
         run(flags.form, flags.devices, flags.kills, calls, flags.seed)
 
 

@@ -61,6 +61,7 @@ PLACES = {
     "twice": lambda p, h: scan(layer, p, scan(layer, p, h)),
     "and without": lambda p, h: scan(layer, p, h) @ p["a"][0].astype(h.dtype),
 }
+FEW = "scan", "policy", "jit inside", "groups"
 
 
 def loss_of(step, place, p, x):
@@ -80,7 +81,13 @@ X = jnp.asarray(np.random.default_rng(1).normal(size=(8, D)), jnp.float32)
 
 @pytest.mark.rounding
 @pytest.mark.filterwarnings("ignore:JAX .* in place")
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    "place",
+    [
+        place if place in FEW else pytest.param(place, marks=pytest.mark.slow)
+        for place in PLACES
+    ],
+)
 def test_no_bit_of_the_loss_or_of_its_gradient_changes(place):
     tx = accumax.accumulate(optax.sgd(1.0), 2)
 

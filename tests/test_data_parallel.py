@@ -1,6 +1,5 @@
 """The data-parallel example, in one process and in two, each with a small setting."""
 
-import functools
 import os
 import pathlib
 import re
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from once import once
 
 pytestmark = pytest.mark.slow
 
@@ -107,9 +107,9 @@ def run(*starts):
         ]
 
 
-@functools.cache
-def alone():
-    (printed,) = run(("", {}))
+@pytest.fixture
+def alone(tmp_path_factory):
+    (printed,) = once(tmp_path_factory, "data_parallel", lambda: run(("", {})))
     return printed
 
 
@@ -170,19 +170,18 @@ def check(printed, devices):
     np.testing.assert_allclose(sent, want, atol=0.1)
 
 
-def test_data_parallel_ends_with_the_parameters_of_the_big_batch():
-    printed = alone()
-    check(printed, devices=8)  # which it has made itself
-    assert printed.drew
+def test_data_parallel_ends_with_the_parameters_of_the_big_batch(alone):
+    check(alone, devices=8)  # which it has made itself
+    assert alone.drew
 
 
-def test_data_parallel_in_two_processes_prints_what_one_does():
+def test_data_parallel_in_two_processes_prints_what_one_does(alone):
     first, second = two()
     check(first, devices=8)
-    assert first.collectives("automatic") == alone().collectives("automatic")
-    assert first.collectives("reduce_axis") == alone().collectives("reduce_axis")
+    assert first.collectives("automatic") == alone.collectives("automatic")
+    assert first.collectives("reduce_axis") == alone.collectives("reduce_axis")
     for label in ("test accuracy, %", "parameters moved by"):
-        assert first.row(label) == pytest.approx(alone().row(label), rel=0.02)
+        assert first.row(label) == pytest.approx(alone.row(label), rel=0.02)
     assert first.drew
     assert "test accuracy" not in second.text
     assert not second.drew

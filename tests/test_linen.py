@@ -127,8 +127,12 @@ def test_one_line_changes_what_flax_users_write():
 
 @pytest.mark.parametrize(
     ("ends", "size"),
-    [((8, 16, 24), None), ((3, 13, 24), None), ((24,), 5), ((9, 24), 4)],
-    ids=["calls", "uneven calls", "microbatches", "both"],
+    [
+        pytest.param((8, 16, 24), None, id="calls", marks=pytest.mark.slow),
+        pytest.param((3, 13, 24), None, id="uneven calls"),
+        pytest.param((24,), 5, id="microbatches", marks=pytest.mark.slow),
+        pytest.param((9, 24), 4, id="both"),
+    ],
 )
 @pytest.mark.parametrize("weighted", [False, True])
 def test_statistics_are_those_of_the_whole_window(ends, size, weighted):

@@ -297,6 +297,15 @@ def test_no_gradient_is_that_of_another_operand(place):
 @pytest.mark.versions
 @pytest.mark.parametrize("place", [*MATRICES, *STACKS])
 def test_no_kind_of_operand_is_mistaken_in_any_place(place):
+    """Half of the kinds, which are others in the next place and on the next JAX."""
+    half = [*MATRICES, *STACKS].index(place) + (jax.__version_info__ >= (0, 11))
+    check(place, [*KINDS][half % 2 :: 2])
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize("place", [*MATRICES, *STACKS])
+def test_none_of_all_kinds_of_operands_is_mistaken_in_any_place(place):
     check(place, KINDS)
 
 
@@ -360,7 +369,7 @@ def test_the_gradient_of_a_random_loss_is_that_of_jax(seed):
 
 @pytest.mark.slow
 @pytest.mark.versions
-@pytest.mark.parametrize("seed", range(0, 24, 6))
+@pytest.mark.parametrize("seed", [0, 6])
 def test_the_gradients_of_random_losses_are_those_of_jax(seed):
     assert [x for i in range(6) for x in fuzz.wrong_gradients(2000 + seed + i)] == []
 

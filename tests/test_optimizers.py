@@ -71,12 +71,13 @@ def check(got, inner, params, batches):
     want = big_batch(inner, params, batches)
     big = big_batch(inner, params, batches, jnp.float32)
     assert distance(want, params) > 1e-6  # it moves
-    floor = 8 * np.finfo(np.float32).eps  # where the big batch's own rounding cancels
-    assert distance(got, want) <= 2 * distance(big, want) + floor
+    # Where the big batch's own rounding cancels: an ulp of the parameters each step.
+    size = max(1, *(np.abs(x).max() for x in jax.tree.leaves(want)))
+    ulps = STEPS * np.finfo(np.float32).eps * size
+    assert distance(got, want) <= 2 * distance(big, want) + ulps
 
 
 @pytest.mark.slow
-@pytest.mark.rounding
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_takes_the_steps_of_its_big_batch(name):
     params, batches, inner = init(), data(STEPS), make(name)

@@ -313,6 +313,6 @@ def test_random_calls_do_what_the_contract_says(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10, 110, 50))
+@pytest.mark.parametrize("seed", [10, 40])
 def test_many_random_calls_do_what_the_contract_says(seed):
-    assert [x for i in range(50) for x in fuzz.wrong_calls(seed + i)] == []
+    assert [x for i in range(30) for x in fuzz.wrong_calls(seed + i)] == []

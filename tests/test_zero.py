@@ -27,6 +27,7 @@ INNERS = {
     "schedule_free": optax.contrib.schedule_free(optax.sgd(0.5), 0.5),
     "sgd": optax.sgd(0.1),
 }
+FEW = "adamw, clipped", "muon", "schedule_free"
 
 
 def mesh_of(kind="auto", count=4):
@@ -86,7 +87,13 @@ def trained(inner, calls, dtype=jnp.float32, reduce_axis=None, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", INNERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in FEW else pytest.param(name, marks=pytest.mark.slow)
+        for name in INNERS
+    ],
+)
 def test_a_divided_optimizer_makes_the_update_of_the_big_batch(name, kind):
     calls, whole = calls_of(2)
     inner = INNERS[name]
