@@ -64,9 +64,7 @@ Elsewhere they are told where the first one is, as in two terminals of one machi
 
 import argparse
 import functools
-import math
 import os
-import re
 import statistics
 import time
 from collections import Counter
@@ -121,27 +119,13 @@ class Digits(NamedTuple):
     weights: np.ndarray
 
 
-class Collective(NamedTuple):
-    """A communication in a compiled step."""
-
-    op: str
-    bytes: int  # of its result
-    where: str
-
-    def sent(self, devices: int) -> float:
-        """The bytes that a device sends, in a ring."""
-        share = (devices - 1) / devices
-        factor = {"all-reduce": 2 * share, "reduce-scatter": devices - 1}
-        return factor.get(self.op, share) * self.bytes
-
-
 class Run(NamedTuple):
     """What one way of training gave."""
 
     params: Any
     losses: list[float]  # one per update
     figures: dict[str, float]  # what the table shows
-    collectives: dict[Collective, int]  # how often a call executes each, at most
+    collectives: Counter[tuple[str, int, str]]  # see `exchanges`
 
 
 def load() -> tuple[Digits, Digits]:
@@ -169,49 +153,6 @@ def parts(rows: Digits, count: int) -> list[Digits]:
     """The rows in parts of one size."""
     columns = [np.split(column, count) for column in rows]
     return [Digits(*part) for part in zip(*columns, strict=True)]
-
-
-def collectives(text: str) -> dict[Collective, int]:
-    """The collectives in the text of a compiled program, and how often each runs.
-
-    The text is a list of computations, which call each other. A loop whose number of
-    turns XLA does not know is one of accumax's, which turn at most once.
-    """
-    bodies: dict[str, list[str]] = {}
-    name = entry = ""
-    for line in text.splitlines():
-        if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
-            name = head[2]
-            entry = name if head[1] else entry
-        bodies.setdefault(name, []).append(line)
-
-    ops = "all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute"
-    found: Counter[Collective] = Counter()
-
-    def walk(name: str, times: int, where: str) -> None:
-        for line in bodies[name]:
-            if op := re.search(rf" = (.*?) ({ops})(?:-start)?\(", line):
-                bits = 0
-                for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", op[1]):
-                    width = re.search(r"\d+", dtype)  # "pred" has none
-                    sizes = [int(n) for n in shape.split(",") if n]
-                    bits += (int(width[0]) if width else 8) * math.prod(sizes)
-                found[Collective(op[2], bits // 8, where)] += times
-            turns, inside = times, where
-            if loop := re.search(r" while\(.*condition=%?([\w.-]+)", line):
-                count = re.findall(r'known_trip_count":\{"n":"(\d+)"', line)
-                # XLA:TPU has it in the loop's condition only.
-                count += re.findall(r"constant\((\d+)\)", "".join(bodies[loop[1]]))
-                turns = times * int(count[0]) if count else times
-                if "accumax.boundary" in line:
-                    inside = WINDOW
-                elif count:
-                    inside = LOOP if where == CALL else where
-            for other in re.findall(r"(?:body|calls|to_apply)=%?([\w.-]+)", line):
-                walk(other, turns, inside)
-
-    walk(entry, 1, CALL)
-    return dict(found)
 
 
 def train(
@@ -242,19 +183,41 @@ def train(
         losses.append(float(np.average(jax.device_get(each), weights=weights)))
         progress.set_postfix(loss=f"{losses[-1]:.4f}")
 
-    memory, found = compiled.memory_analysis(), collectives(compiled.as_text() or "")
-    assert memory is not None
-    sent = sum(
-        times * one.sent(jax.device_count()) * (1 if one.where == WINDOW else calls)
-        for one, times in found.items()
+    audit = accumax.audit(compiled)
+    memory, found = audit.memory, exchanges(audit.collectives)
+    assert memory.arguments is not None
+    assert memory.temp is not None
+    total = sum(
+        times * sent(op, size) * (1 if place == WINDOW else calls)
+        for (op, size, place), times in found.items()
     )
     # What comes out lies where the donated arguments were, so it adds nothing.
     figures = {
-        "memory": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
+        "memory": memory.arguments + memory.temp,
         "seconds": statistics.median(seconds[1:] or seconds),  # the first warms up
-        "sent": sent if way != "whole" else 0,
+        "sent": total if way != "whole" else 0,
     }
     return Run(jax.tree.map(np.array, params), losses, figures, found)
+
+
+def exchanges(collectives: Sequence[Any]) -> Counter[tuple[str, int, str]]:
+    """How often a call executes each (operation, bytes of its result, place)."""
+    found: Counter[tuple[str, int, str]] = Counter()
+    for one in collectives:
+        times = one.times or 1
+        place = LOOP if times > 1 else CALL
+        if "accumax.boundary" in one.scope:  # its loop turns once in a window
+            place = WINDOW
+        found[one.op, one.bytes, place] += times
+    return found
+
+
+def sent(op: str, size: int) -> float:
+    """The bytes that a device sends, in a ring, for a result of this size."""
+    devices = jax.device_count()
+    share = (devices - 1) / devices
+    factors = {"all-reduce": 2 * share, "reduce-scatter": devices - 1}
+    return factors.get(op, share) * size
 
 
 def distance(a: Any, b: Any) -> float:
@@ -279,11 +242,13 @@ def report(runs: dict[str, Run], every: int) -> str:
     lines += ["", f"in a call on {jax.device_count()} devices; {every} are an update"]
     for way, run in runs.items():
         name = WAYS[way]
-        for one, times in sorted(run.collectives.items(), key=lambda x: -x[0].bytes):
-            if one.where == WINDOW and one.bytes < 1000:
+        for (op, size, place), times in sorted(
+            run.collectives.items(), key=lambda x: -x[0][1]
+        ):
+            if place == WINDOW and size < 1000:
                 continue
-            what = f"{times} x {one.op}"
-            lines.append(f"  {name:14}{what:19}{one.bytes:>9,} bytes {one.where}")
+            what = f"{times} x {op}"
+            lines.append(f"  {name:14}{what:19}{size:>9,} bytes {place}")
             name = ""
     return "\n".join(lines)
 

@@ -11,12 +11,8 @@ import time
 from typing import NamedTuple
 
 import data_parallel
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 from once import once
 
 pytestmark = pytest.mark.slow
@@ -228,52 +224,3 @@ def test_data_parallel_has_every_image_once_in_an_epoch_and_devices_without_weig
     assert min(weights) == 0 < max(weights)
     first = data_parallel.parts(batches[0], 32)
     assert len({rows.weights.sum() for rows in first}) > 4
-
-
-def test_the_reader_counts_what_a_loop_executes():
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
-
-    @jax.shard_map(mesh=mesh, in_specs=P("data"), out_specs=P())
-    def fun(x):
-        def turn(carry, _):
-            return carry + jax.lax.psum(jnp.sin(x + carry.sum()), "data"), None
-
-        zeros = jax.lax.psum(jnp.zeros_like(x), "data")
-        total, _ = jax.lax.scan(turn, zeros, length=7)
-        largest = jax.lax.pmax(x.sum(), "data")
-        return total * largest
-
-    text = jax.jit(fun).lower(jnp.ones((8, 5))).compile().as_text()
-    reduced = {
-        (one.bytes, one.where): times
-        for one, times in data_parallel.collectives(text).items()
-    }
-    assert reduced[2 * 5 * 4, data_parallel.LOOP] == 7
-    assert reduced[4, data_parallel.CALL] == 1
-
-
-def test_the_reader_knows_loops_whose_condition_alone_has_their_number():
-    """As XLA:TPU writes them; one that has none, accumax's own, turns once."""
-    text = """HloModule jit_step
-%body.1 (p: (s32[], bf16[3])) -> (s32[], bf16[3]) {
-  %all-reduce.1 = (bf16[3,2]{1,0:T(8,128)}, f32[], pred[4]) all-reduce(%a, %b, %c)
-}
-%condition.1 (p: (s32[], bf16[3])) -> pred[] {
-  %constant.1 = s32[]{:T(128)} constant(6)
-}
-%body.2 (p: (pred[], f32[3])) -> (pred[], f32[3]) {
-  %all-reduce-start.2 = f32[3]{0} all-reduce-start(%a), replica_groups={{0,1}}
-  %all-reduce-done.2 = f32[3]{0} all-reduce-done(%all-reduce-start.2)
-}
-%condition.2 (p: (pred[], f32[3])) -> pred[] {
-  ROOT %get-tuple-element.1 = pred[] get-tuple-element(%p), index=0
-}
-ENTRY %main (p: f32[3]) -> f32[3] {
-  %while.1 = (s32[], bf16[3]) while(%t), condition=%condition.1, body=%body.1
-  %while.2 = (pred[], f32[3]) while(%t), condition=%condition.2, body=%body.2, \
-metadata={op_name="jit(step)/accumax.boundary/while"}
-}
-"""
-    loop = data_parallel.Collective("all-reduce", 12 + 4 + 4, data_parallel.LOOP)
-    window = data_parallel.Collective("all-reduce", 12, data_parallel.WINDOW)
-    assert data_parallel.collectives(text) == {loop: 6, window: 1}
