@@ -31,6 +31,7 @@ ROWS, WIDTH, LENGTH = 4, 3, 3
 FAST = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_parallel_codegen_split_count": 1,
 }
 
 
