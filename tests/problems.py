@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import PartitionSpec as P
 
 PyTree = Any
@@ -129,3 +130,9 @@ def same_bits(a: PyTree, b: PyTree) -> bool:
         x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
         for x, y in pairs
     )
+
+
+def slow_but(few: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """The names as parameters of a test; those that are not of the few are slow."""
+    few = set(few)
+    return [x if x in few else pytest.param(x, marks=pytest.mark.slow) for x in names]

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax import lax
 from jax.experimental import io_callback
-from problems import same_bits
+from problems import same_bits, slow_but
 
 import accumax
 
@@ -81,13 +81,7 @@ X = jnp.asarray(np.random.default_rng(1).normal(size=(8, D)), jnp.float32)
 
 @pytest.mark.rounding
 @pytest.mark.filterwarnings("ignore:JAX .* in place")
-@pytest.mark.parametrize(
-    "place",
-    [
-        place if place in FEW else pytest.param(place, marks=pytest.mark.slow)
-        for place in PLACES
-    ],
-)
+@pytest.mark.parametrize("place", slow_but(FEW, PLACES))
 def test_no_bit_of_the_loss_or_of_its_gradient_changes(place):
     tx = accumax.accumulate(optax.sgd(1.0), 2)
 

@@ -14,13 +14,11 @@ pytestmark = pytest.mark.slow
 def undisturbed(tmp_path_factory):
     """The end of a run of this number of processes."""
 
-    def run(number):
-        folder = tmp_path_factory.mktemp(f"undisturbed{number}")
-        return processes.run(folder / "steps", number)
-
     def undisturbed(number):
-        name = f"processes{number}"
-        return once(tmp_path_factory, name, lambda: run(number))
+        def run():
+            return processes.run(tmp_path_factory.mktemp("run") / "steps", number)
+
+        return once(tmp_path_factory, f"processes{number}", run)
 
     return undisturbed
 

@@ -10,7 +10,7 @@ import pytest
 from exchanges import REDUCTIONS, collectives
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from problems import big_batch, data, distance, same_bits
+from problems import big_batch, data, distance, same_bits, slow_but
 
 import accumax
 import accumax.linen
@@ -87,13 +87,7 @@ def trained(inner, calls, dtype=jnp.float32, reduce_axis=None, **options):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in FEW else pytest.param(name, marks=pytest.mark.slow)
-        for name in INNERS
-    ],
-)
+@pytest.mark.parametrize("name", slow_but(FEW, INNERS))
 def test_a_divided_optimizer_makes_the_update_of_the_big_batch(name, kind):
     calls, whole = calls_of(2)
     inner = INNERS[name]
