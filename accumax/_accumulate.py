@@ -33,6 +33,7 @@ def accumulate(
     reduce_axis: AxisNames | DataParallel | None = None,
     track_norm: bool = False,
     track_noise: bool | float = False,
+    offload_optimizer: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates gradients over `every` calls, then runs `inner` once on their mean.
 
@@ -92,6 +93,13 @@ def accumulate(
         two more reads of the sum in a window. A float is the decay of its averages
         over windows, by default 0.99. With `reduce_axis`, the devices must have about
         equal weights. Static.
+      offload_optimizer: keep the large arrays of the state of `inner` in the memory of
+        the host. Only a call that closes a window reads them: it fetches those for one
+        parameter after another, and sends them back. For a TPU, and for the fused forms
+        (`accumax.train_step`, `accumax.apply_gradients`, `accumax.flush`): `update`
+        gives the same, and saves nothing. An optimizer that needs the whole state for
+        its first parameter, as one that clips the norm of Adam's updates, fetches all
+        of it at once. A CPU has one memory. Static.
 
     Returns:
       A transformation whose state is an `AccumulateState`. A window whose weights sum
@@ -102,6 +110,8 @@ def accumulate(
       TypeError, ValueError: an argument is wrong; or gradients, weight or state of a
         call do not fit, before anything is changed. The message names it. With
         `reduce_axis`, a gradient that is reduced already is an error.
+      NotImplementedError: `offload_optimizer` on a GPU, for which XLA does not compile
+        it, or with a JAX before 0.10.2.
 
     >>> import accumax, optax
     >>> import jax.numpy as jnp
@@ -135,8 +145,9 @@ def accumulate(
         nonfinite=nonfinite,
         averaged_args=averaged_args,
     )
+    found = inner_of(inner)
     window = Window(
-        inner=inner_of(inner),
+        inner=found.offloaded() if offload_optimizer else found,
         every=_check_every(every),
         accumulator=arithmetic,
         devices=check_window_axis(reduce_axis),

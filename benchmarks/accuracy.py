@@ -234,6 +234,75 @@ def half_precision_table(seeds: int, sizes: Sequence[int] = (ROWS, 1)) -> float:
     return max(medians)
 
 
+SUMS = "float32", "own", "compensated"
+
+
+def half_sums(seed: int, count: int) -> tuple[float, ...]:
+    """How far the mean of `count` bfloat16 gradients is off, for each of `SUMS`.
+
+    Relative to the norm of the float64 mean of the same gradients. The first two are
+    accumulator_dtype=jnp.float32 and None; the last, by hand, is a bfloat16 sum and a
+    bfloat16 error (Kahan), which takes as much memory as a float32 sum.
+    """
+    drawn = problem(seed, count, 1)
+    params, batches = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), drawn)
+
+    @jax.jit
+    def each(params: Any, batches: Any) -> Any:
+        return jax.lax.map(lambda batch: jax.grad(loss)(params, batch), batches)
+
+    def flat(leaves: Any, axes: int = 0) -> np.ndarray:
+        arrays = [np.asarray(g, np.float64) for g in jax.tree.leaves(leaves)]
+        return np.concatenate([a.reshape(*a.shape[:axes], -1) for a in arrays], -1)
+
+    grads = each(params, batches)
+    exact = flat(grads, 1).mean(0)
+
+    def ours(dtype: Any) -> np.ndarray:
+        inner = optax.trace(0.0, accumulator_dtype=jnp.float32)  # keeps what it sees
+        tx = accumax.accumulate(inner, count, accumulator_dtype=dtype)
+
+        @jax.jit
+        def window(params: Any, batches: Any) -> Any:
+            def call(carry: Any, batch: Any) -> Any:
+                params, state, _ = accumax.train_step(loss, tx)(*carry, batch)
+                return (params, state), None
+
+            state: Any = tx.init(params)
+            (_, state), _ = jax.lax.scan(call, (params, state), batches)
+            return state.inner_opt_state.trace
+
+        return flat(window(params, batches))
+
+    @jax.jit
+    def compensated(grads: Any) -> Any:
+        def add(carry: Any, g: jax.Array) -> Any:
+            total, error = carry
+            g = g - error
+            new = total + g
+            return (new, (new - total) - g), None
+
+        def mean(g: jax.Array) -> jax.Array:
+            (total, error), _ = jax.lax.scan(add, (g[0] * 0, g[0] * 0), g)
+            return (total.astype(jnp.float32) - error.astype(jnp.float32)) / count
+
+        return jax.tree.map(mean, grads)
+
+    found = ours(jnp.float32), ours(None), flat(compensated(grads))
+    return tuple(relative(got, exact) for got in found)
+
+
+def half_sums_rows(counts: Sequence[int], seeds: int = 5) -> list[Row]:
+    """Medians over seeds of `half_sums`, for so many microbatches of one row."""
+    rows = []
+    for count in counts:
+        found = zip(*(half_sums(seed, count) for seed in range(seeds)), strict=True)
+        for name, column in zip(SUMS, found, strict=True):
+            error = statistics.median(column)
+            rows.append(Row(f"half_sums/{count}/{name}", error, "x gradient"))
+    return rows
+
+
 def ones_table() -> float:
     """The mean of ones in bfloat16, one a microbatch; gives what ours is off by."""
 

@@ -36,7 +36,7 @@ def in_refs(loss: Callable[..., jax.Array]) -> forms.Form:
     return forms.Form(step, forms.added(jax.value_and_grad(loss)).init)
 
 
-def floor_temp(model: zoo.Model, on: Device) -> float:
+def floor_temp(model: zoo.Model, on: Device, least: bool = False) -> float:
     """Temporary memory of the floor, in units of the parameters."""
     programs = []
     for loss in filter(None, (model.loss, model.best)):
@@ -53,7 +53,8 @@ def floor_temp(model: zoo.Model, on: Device) -> float:
     for program in programs:
         # JAX cannot add every loss's gradient into refs.
         with contextlib.suppress(ValueError, TypeError, NotImplementedError):
-            temps.append(compiled(program, model.params, model.x, on, True).temp)
+            found = compiled(program, model.params, model.x, on, True, least)
+            temps.append(found.temp)
     return min(temps)
 
 
@@ -83,8 +84,13 @@ class Figures(NamedTuple):
         return self.found[name].total / self.floor(name)
 
 
-def figures(model: zoo.Model, on: Device, only: Iterable[str] | None = None) -> Figures:
-    """Compiles the forms named in `only`, or all of them."""
+def figures(
+    model: zoo.Model,
+    on: Device,
+    only: Iterable[str] | None = None,
+    least: bool = False,
+) -> Figures:
+    """Compiles the forms named in `only`, or all of them; `least` as for `compiled`."""
     steps = peers.steps(model)
     found, failed = {}, {}
     for name in only or steps:
@@ -94,7 +100,7 @@ def figures(model: zoo.Model, on: Device, only: Iterable[str] | None = None) -> 
         rows, *shape = model.x.shape
         x = jax.ShapeDtypeStruct((count * rows, *shape), model.x.dtype)
         try:
-            found[name] = compiled(form, model.params, x, on, haste=True)
+            found[name] = compiled(form, model.params, x, on, True, least)
         except (ValueError, TypeError, NotImplementedError) as error:
             if name in peers.OURS:
                 raise
@@ -102,7 +108,7 @@ def figures(model: zoo.Model, on: Device, only: Iterable[str] | None = None) -> 
     tx = accumax.accumulate(model.inner, forms.EVERY)
     sums = bytes_of(jax.eval_shape(tx.init, model.params).acc_grads)
     sums /= bytes_of(model.params)
-    return Figures(found, failed, floor_temp(model, on), sums)
+    return Figures(found, failed, floor_temp(model, on, least), sums)
 
 
 # Models for which all forms are compiled, and the forms for the others.
@@ -130,3 +136,12 @@ def rows(model: zoo.Model, on: Device, target: str) -> list[Row]:
     for name, why in found.failed.items():
         rows.append(Row(f"memory/{case}/{name}", None, "x floor", note=why))
     return rows
+
+
+def scheduled(model: zoo.Model, on: Device) -> list[Row]:
+    """Memory on a CPU, if XLA arranges each program for the least memory."""
+    found = figures(model, on, MAIN, least=True)
+    case = f"scheduled/{model.name}/{model.optimizer}/cpu"
+    return [
+        Row(f"{case}/{name}", found.over_floor(name), "x floor") for name in found.found
+    ]

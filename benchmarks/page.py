@@ -11,6 +11,7 @@ TITLES = {
     "floor": "The floor itself",
     "copies": "Copies of a parameter's size in the compiled step",
     "time": "Time of a window of eight microbatches, over the floor",
+    "scheduled": "Memory on a CPU, arranged for the least: `programs.LEAST`",
     "hold": "A call within a window, over `acc += g`",
     "host": "Time of a call on tiny arrays, in microseconds: Python and dispatch",
     "trace": "Time to trace a train step, over the plain step's",
@@ -27,6 +28,8 @@ TITLES = {
 }
 TITLES |= {
     "logits": "A fused linear cross entropy: `benchmarks/logits.py`",
+    "half_sums": "Error of a mean of bfloat16 gradients, by microbatches and sum",
+    "offload": "The optimizer's state on the host: `benchmarks/offload.py`",
     "adama": "Accumulation without a gradient tree: `benchmarks/adama.py`",
     "gradcache/memory": "InfoNCE, by microbatches: `benchmarks/info_nce.py`",
     "gradcache/time": "InfoNCE, time over the whole batch",
@@ -70,7 +73,7 @@ def _table(rows: Sequence[Row], group: str) -> list[str]:
     columns: dict[str, None] = {}
     for row in rows:
         case, _, form = row.name.removeprefix(f"{group}/").rpartition("/")
-        cells.setdefault(case or group, {})[form] = _cell(row)
+        cells.setdefault(case or group, {})[form] = _cell(row, rows[0].unit)
         columns[form] = None
     known = (peers.NONE, peers.WHOLE, *peers.PEERS, *peers.OURS)
     order = sorted(columns, key=lambda c: known.index(c) if c in known else -1)
@@ -82,10 +85,11 @@ def _table(rows: Sequence[Row], group: str) -> list[str]:
     return lines
 
 
-def _cell(row: Row) -> str:
+def _cell(row: Row, unit: str) -> str:
     if row.value is None:
         return "no"
     ours = row.name.rpartition("/")[2] in peers.OURS
     value = f"{row.value:.4g}" if row.value < 1e4 else f"{row.value:.0f}"
+    value = value if row.unit == unit else f"{value} {row.unit}"
     value = f"**{value}**" if ours else value
     return value + (MARK if row.note else "")

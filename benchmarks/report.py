@@ -42,9 +42,12 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> Non
 
 
 def rows(title: str, found: Iterable[Row]) -> None:
-    """Prints each row by its name."""
-    lines = [[row.name, f"{row.value or 0:.3f} {row.unit}"] for row in found]
-    table(title, ["", ""], lines)
+    """Prints each row by its name, with its note if there is no number."""
+
+    def value(row: Row) -> str:
+        return row.note if row.value is None else f"{row.value:.3f} {row.unit}"
+
+    table(title, ["", ""], [[row.name, value(row)] for row in found])
 
 
 def bars(limits: Sequence[Bar]) -> None:

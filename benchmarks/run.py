@@ -35,6 +35,7 @@ import info_nce
 import jax
 import logits
 import notes
+import offload
 import optax
 import optax_notebook
 import page
@@ -53,6 +54,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 TIMED = {"mlp": 1 / 8, "transformer": 1 / 8, "lstm": 1 / 2, "resnet": 1 / 4}
 TIMED |= {"leaves": 1}
 COMPILED = "mlp", "transformer", "leaves"
+SCHEDULED = "mlp", "transformer"  # compiled once more, for the least memory
 QUICK = "mlp", "transformer", "lora"
 
 
@@ -75,6 +77,7 @@ class Scale(NamedTuple):
     matrices: tuple[int, int] = (16, 1024)
     seeds: int = 20
     windows: int = 50
+    half_sums: tuple[int, ...] = (16, 256, 4096)
     parameters: tuple[int, ...] = (6, 7, 8, 9, 10)
     k: tuple[int, ...] = (1, 4, 16, 64, 256, 1024)
     leaves: tuple[int, ...] = (10, 100, 1000, 10_000)
@@ -83,10 +86,33 @@ class Scale(NamedTuple):
 
 
 SMALL = Scale(
-    QUICK, 3, 1, (16, 512), 5, 10, (6, 8, 10), (1, 16, 256), (10, 100, 1000), "8"
+    models=QUICK,
+    turns=3,
+    compiles=1,
+    matrices=(16, 512),
+    seeds=5,
+    windows=10,
+    half_sums=(16, 256),
+    parameters=(6, 8, 10),
+    k=(1, 16, 256),
+    leaves=(10, 100, 1000),
+    devices="8",
 )
 # For tests: seconds, and numbers that mean nothing.
-TINY = Scale(("lora",), 1, 1, (2, 32), 1, 2, (6,), (1, 2), (2,), "2", width=1 / 16)
+TINY = Scale(
+    models=("lora",),
+    turns=1,
+    compiles=1,
+    matrices=(2, 32),
+    seeds=1,
+    windows=2,
+    half_sums=(2,),
+    parameters=(6,),
+    k=(1, 2),
+    leaves=(2,),
+    devices="2",
+    width=1 / 16,
+)
 
 
 def model(name: str, width: float) -> zoo.Model:
@@ -103,6 +129,9 @@ def compiled_jobs(on: devices.Device, target: str, scale: Scale) -> list[Job]:
             case = f"{each.name}/{each.optimizer}/{target}"
             names = tuple(f"{group}/{case}" for group in ("memory", "copies", "floor"))
             jobs.append(Job(names, functools.partial(floors.rows, each, on, target)))
+        if on.platform == "cpu" and each.name in (scale.models or SCHEDULED):
+            names = (f"scheduled/{each.name}/{each.optimizer}",)
+            jobs.append(Job(names, functools.partial(floors.scheduled, each, on)))
     growing: dict[str, Callable[[], list[Row]]] = {
         "parameters": lambda: growth.parameters(on, target, scale.parameters),
         "k": lambda: growth.microbatches(on, target, scale.k),
@@ -116,6 +145,8 @@ def compiled_jobs(on: devices.Device, target: str, scale: Scale) -> list[Job]:
             "optax_notebook/memory": lambda: optax_notebook.memory(on, target),
             "gradcache/memory": lambda: info_nce.memory(width, on, target),
         }
+        if target == "tpu":
+            claims["offload"] = lambda: offload.rows(on, target)
         jobs += [Job((name,), rows) for name, rows in claims.items()]
 
     def many() -> list[Row]:
@@ -152,6 +183,7 @@ def timed_jobs(target: str, scale: Scale) -> list[Job]:
         "host": lambda: growth.dispatch(target, (10, 100), turns),
         "inner_runs": timing.inner_runs,
         "error": lambda: accuracy.rows(scale.seeds, scale.windows),
+        "half_sums": lambda: accuracy.half_sums_rows(scale.half_sums),
         "grows/leaves": lambda: growth.leaves(on, target, scale.leaves),
     }
     if scale.width == 1:

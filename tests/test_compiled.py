@@ -286,6 +286,26 @@ def test_the_boundary_takes_the_memory_of_the_optimizer_alone(stacked, name):
     assert temps[0] <= temps[1] + 16_384  # scalars of each leaf
 
 
+def test_a_cpu_can_arrange_a_step_with_clipping_for_the_least_memory():
+    """As docs/cost.md says; by default XLA:CPU has the updates of all matrices."""
+    clipped = optax.chain(optax.clip_by_global_norm(1.0), ADAMW)
+    tx = accumax.accumulate(clipped, EVERY)
+
+    def loss(params, x):
+        for w in jax.tree.leaves(params):
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    step = programs.compiled(
+        forms.Form(accumax.train_step(loss, tx), tx.init),
+        MATRICES,
+        jax.ShapeDtypeStruct((8, 1024), jnp.float32),
+        jax.devices()[0],
+        least=True,
+    )
+    assert step.temp * len(MATRICES) <= 1.5  # matrices
+
+
 def test_train_step_copies_no_parameter():
     step, init_state = forms.train_steps(forms.matrices_loss)[forms.TRAIN_STEP]
     x = jax.ShapeDtypeStruct((8, 1024), jnp.float32)

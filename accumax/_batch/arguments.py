@@ -279,10 +279,11 @@ def find(
         elif at not in kwargs and at in names:
             at = names.index(at)  # or by position
         if not (0 <= at < len(args) if isinstance(at, int) else at in kwargs):
+            called = getattr(fun, "__name__", "the function")
             raise ValueError(
-                f"{name}={listed} names argument {place!r}, but the "
-                f"call has {len(args)} positional arguments (0 to {len(args) - 1}) "
-                f"and the keywords {sorted(kwargs)}."
+                f"{name}={listed} names argument {place!r}, but {called} is called "
+                f"with {len(args)} positional arguments (0 to {len(args) - 1}) and "
+                f"the keywords {sorted(kwargs)}."
             )
         found.add(at)
     return found

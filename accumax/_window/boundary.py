@@ -59,7 +59,7 @@ def update(
 
     applies = progress.closes & divides(sums.weight)
     noise = measure.small_batch(state, sums, applies, devices)
-    operand = (sums, state.inner_opt_state, params)
+    operand = (sums, window.inner.placed(state.inner_opt_state), params)
     with jax.named_scope("accumax.boundary"):
         emitted, inner_state, square = lax.cond(applies, emit, hold, operand)
     if jax.tree.structure(emitted) == jax.tree.structure(grads):
@@ -125,12 +125,12 @@ def close(
     square = None
     if measure.names and not devices.sums_are_total:
         square = jnp.zeros((), jnp.float32)
-    carry = live, (state.inner_opt_state, square)
+    carry = live, (window.inner.placed(state.inner_opt_state), square)
     with jax.named_scope("accumax.boundary"):
         (live, (inner_state, square)), grads = devices.boundary(
             applies,
             accumulator.divide_in_place,
-            apply,
+            window.inner.arranged(apply),
             carry,
             sums.grads,
             sums.weight,

@@ -11,6 +11,7 @@ import optax
 
 from .. import _tree
 from .._types import PyTree
+from .._xla.host import in_turns, to_device, to_host
 from .._xla.jaxprs import unused_leaves
 from .checks import is_near
 
@@ -25,12 +26,33 @@ class Inner(NamedTuple):
       init, update: its functions; `update` takes any extra arguments.
       names: the extra arguments that its signature names.
       takes_any: whether its signature has a `**` for others, as a chain has.
+      placed: places a state in the memory in which calls keep it.
+      arranged: arranges a function that runs `update` and returns `(params, (state,
+        ...))` for this memory.
     """
 
     init: Callable[..., Any]
     update: Callable[..., Any]
     names: frozenset[str]
     takes_any: bool
+    placed: Callable[[Any], Any] = lambda state: state
+    arranged: Callable[[Any], Any] = lambda fun: fun
+
+    def offloaded(self) -> "Inner":
+        """Returns this transformation with a state that is kept in host memory."""
+
+        def init(params: PyTree) -> Any:
+            return to_host(self.init(params))
+
+        def update(
+            grads: PyTree, state: Any, params: PyTree = None, **extra_args: Any
+        ) -> tuple[PyTree, Any]:
+            updates, state = self.update(grads, to_device(state), params, **extra_args)
+            return updates, to_host(state)
+
+        return self._replace(
+            init=init, update=update, placed=to_host, arranged=in_turns
+        )
 
     def emits(
         self,

@@ -18,9 +18,14 @@ from typing import Any
 import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
-from jax.sharding import Sharding
 
-from .jaxprs import inner_jaxprs, is_variable
+from .jaxprs import (
+    evaluate_part,
+    inner_jaxprs,
+    is_plain_jit,
+    is_variable,
+    known_at_start,
+)
 
 # Computed element by element; the second operand of the last two is a number.
 _STEPS = "convert_element_type", "neg", "reduce_precision", "copy", "mul", "div"
@@ -76,28 +81,13 @@ def run(program: ClosedJaxpr, args: Sequence[jax.Array | Chain]) -> list[jax.Arr
     if not moves(program, args):
         return jaxpr_as_fun(program)(*map(value, args))
     readers = _readers(jaxpr)
-    known: dict[Any, Any] = dict(zip(jaxpr.constvars, program.consts, strict=True))
-    known |= zip(jaxpr.invars, args, strict=True)
+    known = known_at_start(program, args)
     waiting: list[Any] = []  # equations as they are, to be evaluated together
 
     def evaluate() -> None:
-        if not waiting:
-            return
-        inside = {x for eqn in waiting for x in eqn.outvars}
-        read = dict.fromkeys(x for eqn in waiting for x in eqn.invars if is_variable(x))
-        inputs = [x for x in read if x not in inside]
-        outputs = [x for x in inside if readers[x]]
-        part = jaxpr.replace(
-            constvars=[],
-            invars=inputs,
-            outvars=outputs,
-            eqns=list(waiting),
-            effects=frozenset().union(*(eqn.effects for eqn in waiting)),
-            debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
-        )
-        waiting.clear()
-        values = jaxpr_as_fun(ClosedJaxpr(part, ()))(*[value(known[x]) for x in inputs])
-        known.update(zip(outputs, values, strict=True))
+        if waiting:
+            evaluate_part(jaxpr, waiting, lambda x: bool(readers[x]), known, value)
+            waiting.clear()
 
     def operand(x: Any) -> Any:
         return known[x] if is_variable(x) else x.val
@@ -196,12 +186,7 @@ def _called(eqn: Any) -> Any:
     """The jaxpr of a `jax.jit` without shardings, or of a `jax.checkpoint`."""
     if "prevent_cse" in eqn.params:
         return eqn.params["jaxpr"]
-    if eqn.primitive.name not in ("jit", "pjit"):
-        return None
-    shardings = *eqn.params["in_shardings"], *eqn.params["out_shardings"]
-    if any(isinstance(x, Sharding) for x in shardings):
-        return None
-    return eqn.params["jaxpr"].jaxpr
+    return eqn.params["jaxpr"].jaxpr if is_plain_jit(eqn) else None
 
 
 def _rebuilt(eqn: Any, operands: list[Any]) -> Sequence[jax.Array]:

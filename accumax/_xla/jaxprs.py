@@ -1,10 +1,11 @@
-"""Properties of a function, read from its jaxpr."""
+"""Properties of a function, read from its jaxpr, and its evaluation in parts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.sharding import Sharding
 
 from .._types import PyTree
 
@@ -183,6 +184,75 @@ def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:
             yield from _walk(inner, inside[skipped:])
         if any(kind is not None for kind in operands):
             known |= dict.fromkeys(eqn.outvars, _COMPUTED)
+
+
+def known_at_start(program: ClosedJaxpr, args: Iterable[Any]) -> dict[Any, Any]:
+    """Returns the values of the constants and arguments, by their variables."""
+    jaxpr = program.jaxpr
+    known: dict[Any, Any] = dict(zip(jaxpr.constvars, program.consts, strict=True))
+    return known | dict(zip(jaxpr.invars, args, strict=True))
+
+
+def evaluate_part(
+    jaxpr: Any,
+    eqns: Sequence[Any],
+    wanted: Callable[[Any], bool],
+    known: dict[Any, Any],
+    value: Callable[[Any], Any] = lambda x: x,
+) -> None:
+    """Evaluates some equations of `jaxpr` together, and adds their results to `known`.
+
+    Args:
+      jaxpr, eqns: the equations, in the order of `jaxpr`.
+      wanted: whether a variable that they define is read elsewhere.
+      known: by variable, what `value` maps to its value.
+    """
+    inside = dict.fromkeys(x for eqn in eqns for x in eqn.outvars)
+    read = dict.fromkeys(x for eqn in eqns for x in eqn.invars if is_variable(x))
+    inputs = [x for x in read if x not in inside]
+    outputs = [x for x in inside if wanted(x)]
+    part = jaxpr.replace(
+        constvars=[],
+        invars=inputs,
+        outvars=outputs,
+        eqns=list(eqns),
+        effects=frozenset().union(*(eqn.effects for eqn in eqns)),
+        debug_info=jaxpr.debug_info._replace(arg_names=None, result_paths=None),
+    )
+    values = jaxpr_as_fun(ClosedJaxpr(part, ()))(*[value(known[x]) for x in inputs])
+    known.update(zip(outputs, values, strict=True))
+
+
+def inlined(program: ClosedJaxpr, args: Iterable[Any]) -> list[Any]:
+    """Evaluates `program` as if nothing in it were under `jax.jit`."""
+    jaxpr, known = program.jaxpr, known_at_start(program, args)
+    waiting: list[Any] = []
+
+    def evaluate() -> None:
+        if waiting:
+            evaluate_part(jaxpr, waiting, lambda x: True, known)
+            waiting.clear()
+
+    def values(variables: Iterable[Any]) -> list[Any]:
+        return [known[x] if is_variable(x) else x.val for x in variables]
+
+    for eqn in jaxpr.eqns:
+        if is_plain_jit(eqn):
+            evaluate()
+            inner = inlined(eqn.params["jaxpr"], values(eqn.invars))
+            known.update(zip(eqn.outvars, inner, strict=True))
+        else:
+            waiting.append(eqn)
+    evaluate()
+    return values(jaxpr.outvars)
+
+
+def is_plain_jit(eqn: Any) -> bool:
+    """Whether `eqn` is a `jax.jit` without shardings."""
+    if eqn.primitive.name not in ("jit", "pjit"):
+        return False
+    shardings = *eqn.params["in_shardings"], *eqn.params["out_shardings"]
+    return not any(isinstance(x, Sharding) for x in shardings)
 
 
 def is_variable(x: Any) -> bool:
