@@ -227,3 +227,66 @@ def test_where_it_does_not_work_an_error_says_so_before_anything_is_made(monkeyp
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 1))
     with pytest.raises(NotImplementedError, match="Update JAX"):
         tx.init(init())
+
+
+@not_too_old
+def test_an_optimizer_that_takes_functions():
+    def trained(offload):
+        tx = accumax.accumulate(
+            optax.lbfgs(memory_size=2),
+            EVERY,
+            averaged_args=("value",),
+            offload_optimizer=offload,
+        )
+        whole = functools.partial(loss_fn, x=batches(1)[0])
+
+        @jax.jit
+        def step(params, state, x):
+            value, grads = jax.value_and_grad(loss_fn)(params, x)
+            extra = {"value": value, "grad": grads, "value_fn": whole}
+            return accumax.apply_gradients(tx, params, state, grads, **extra)
+
+        params = init()
+        state = tx.init(params)
+        for x in batches(EVERY):
+            params, state = step(params, state, x)
+        return params, state
+
+    got = trained(True)
+    assert kinds(got[1]) == ({"pinned_host"}, {"device"})
+    assert same(got, trained(False))
+
+
+@not_too_old
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_in_a_shard_map(check_vma):
+    def trained(offload):
+        tx = accumax.accumulate(
+            INNERS["lion"], EVERY, reduce_axis="data", offload_optimizer=offload
+        )
+        params = init()
+        state = jax.jit(tx.init)(params)
+
+        def on_device(params, state, x):
+            own = jax.lax.pcast(params, "data", to="varying")
+            grads = jax.grad(loss_fn)(own, x)
+            return accumax.apply_gradients(tx, params, state, grads)
+
+        whole = jax.tree.map(lambda _: P(), state)
+        whole = whole._replace(acc_grads=P("data"))
+        step = jax.jit(
+            jax.shard_map(
+                on_device,
+                in_specs=(P(), whole, P("data")),
+                out_specs=(P(), whole),
+                check_vma=check_vma,
+            )
+        )
+        for x in batches(EVERY + 1):
+            params, state = step(params, state, x)
+        return params, state
+
+    with jax.set_mesh(mesh()):
+        got = trained(True)
+        assert kinds(got[1]) == ({"pinned_host"}, {"device"})
+        assert same(got, trained(False))

@@ -69,11 +69,22 @@ def in_turns(fun: Callable[..., T]) -> Callable[..., T]:
     """
 
     def run(carry: T, *args: Any) -> T:
-        program, shapes = jax.make_jaxpr(fun, return_shape=True)(carry, *args)
-        leaves = jax.tree.leaves((carry, args))
+        leaves, structure = jax.tree.flatten((carry, args))
+        # An extra argument of an optimizer may be a function, such as `value_fn`.
+        places = [i for i, x in enumerate(leaves) if _is_array(x)]
+        arrays = [leaves[i] for i in places]
+
+        def of_arrays(*arrays: jax.Array) -> T:
+            new = leaves.copy()
+            for i, x in zip(places, arrays, strict=True):
+                new[i] = x
+            carry, args = structure.unflatten(new)
+            return fun(carry, *args)
+
+        program, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
         # Optax has steps under `jax.jit` that take the arrays of all parameters.
-        program = jax.make_jaxpr(lambda *x: inlined(program, x))(*leaves)
-        out = _evaluate_in_turns(program, leaves, len(jax.tree.leaves(carry)))
+        flat = jax.make_jaxpr(lambda *x: inlined(program, x))(*arrays)
+        out = _evaluate_in_turns(flat, arrays, len(jax.tree.leaves(carry)))
         return jax.tree.structure(shapes).unflatten(out)
 
     return run
@@ -130,6 +141,10 @@ def _evaluate_in_turns(
     effects = {i for i, eqn in left.items() if eqn.effects}
     evaluate(needed(jaxpr.outvars) | effects)
     return [value(x) for x in jaxpr.outvars]
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "dtype") or isinstance(x, (bool, int, float, complex))
 
 
 def _is_on_host(x: jax.Array) -> bool:
