@@ -1,9 +1,11 @@
 """What `accumax.audit` reads from compiled programs, against counts by hand."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import accumax
-from accumax._compiled import buffers, hlo
+from accumax._compiled import buffers, hlo, peak
 from accumax._compiled.command import audit_command
 
 D = 64
@@ -72,6 +74,24 @@ def test_the_memory_is_what_the_compiler_says():
     assert memory.total == memory.arguments + memory.output - memory.aliased + (
         memory.temp
     )
+
+
+def test_memory_of_the_host_is_told_apart():
+    """As XLA:TPU has it for `offload_optimizer`; a CPU has none of its own."""
+    names = "argument", "output", "alias", "temp"
+    told = {f"{name}_size_in_bytes": 1 for name in names}
+    told |= {f"host_{name}_size_in_bytes": n for n, name in enumerate(names, 8)}
+    program = types.SimpleNamespace(
+        memory_analysis=lambda: types.SimpleNamespace(**told)
+    )
+    assert peak.sizes_of(program) == (1, 1, 1, 1, 8 + 9 - 10 + 11)
+    tx, step = accumulated()
+    report = report_of(step, tx)
+    assert report.memory.host == 0
+    assert "memory of the host" not in str(report)
+    memory = report.memory._replace(host=2**21)
+    page = str(dataclasses.replace(report, memory=memory))
+    assert "host              2.00 MiB  in the memory of the host" in page
 
 
 @pytest.mark.parametrize("loss", [loss_fn, stack_loss])

@@ -309,7 +309,7 @@ def _memory(compiled: Any, program: buffers.Timeline) -> Memory:
     peak = max(program.totals())
     sizes = sizes_of(compiled)
     if sizes is None:
-        return Memory(None, None, None, None, None, peak)
+        return Memory(None, None, None, None, None, None, peak)
     return Memory(*sizes, sizes.total, peak)
 
 

@@ -84,13 +84,15 @@ def _lowered(step: Any, size: int) -> jax.stages.Lowered:
 class Sizes(NamedTuple):
     """The memory of one device for a compiled program, in bytes.
 
-    `aliased` is the part of `output` that reuses donated arguments.
+    `aliased` is the part of `output` that reuses donated arguments. `host` is what the
+    program has in the memory of the host, which is in none of the others.
     """
 
     arguments: int
     output: int
     aliased: int
     temp: int
+    host: int
 
     @property
     def fixed(self) -> int:
@@ -114,8 +116,13 @@ def sizes_of(compiled: Any) -> Sizes | None:
     found = compiled.memory_analysis()
     if not hasattr(found, "temp_size_in_bytes"):
         return None
-    names = "argument", "output", "alias", "temp"
-    return Sizes(*(int(getattr(found, f"{name}_size_in_bytes")) for name in names))
+
+    def sizes(place: str = "") -> list[int]:
+        names = "argument", "output", "alias", "temp"
+        return [int(getattr(found, f"{place}{n}_size_in_bytes")) for n in names]
+
+    arguments, output, aliased, temp = sizes("host_")
+    return Sizes(*sizes(), host=arguments + output - aliased + temp)
 
 
 def _peak(compiled: Any, size: int) -> Peak:

@@ -25,6 +25,7 @@ class Memory(NamedTuple):
     Attributes:
       arguments, output, temp: the compiler's figures.
       aliased: the part of `output` that reuses donated arguments.
+      host: what the program has in the memory of the host. A CPU has one memory.
       total: what the device needs, arguments + output - aliased + temp.
       peak: the most that is alive at once, by the program's schedule. An estimate: the
         compiler's `total` is what counts, and the two are within 2 % of each other for
@@ -35,6 +36,7 @@ class Memory(NamedTuple):
     output: int | None
     aliased: int | None
     temp: int | None
+    host: int | None
     total: int | None
     peak: int
 
@@ -163,6 +165,8 @@ def _page(report: Audit) -> Iterator[str]:
         found = getattr(memory, name)
         shown = "unknown" if found is None else readable(found)
         yield f"  {name:12}{shown:>14}"
+    if memory.host:
+        yield f"  {'host':12}{readable(memory.host):>14}  in the memory of the host"
     yield f"  {'schedule':12}{readable(memory.peak):>14}  alive at once, an estimate"
     yield ""
     yield "largest buffers at the peak"
