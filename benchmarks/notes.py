@@ -40,9 +40,37 @@ CAUSES = [
         "train_step(microbatch_size=...).",
     ),
     (
-        r"(memory|scheduled)/\w+/lion/cpu/(train_step|apply_gradients): ",
+        r"(memory|scheduled)/\w+/lion/cpu/",
         "Lion's update and its new moments both read the old moments, and XLA:CPU "
         "copies those before it has an order for the two.",
+    ),
+    (
+        r"copies/\w+_bf16/adamw/cpu/",
+        "Moments in bfloat16: the update reads them before they are rounded, and so do "
+        "the new moments, so that XLA:CPU copies the old ones. It takes no more memory "
+        "than the peer, which rounds the mean gradient and the moments first.",
+    ),
+    (
+        r"memory/mlp_weighted/.*/value_and_grad: array_refs",
+        "The rows of one microbatch: accumax takes every k-th row, so that a sharded "
+        "batch stays where it is, and copies them; array_refs reads a block of rows.",
+    ),
+    (
+        r"(memory|copies)/resnet/.*/gpu/",
+        "XLA:GPU copies kernels into the layout of its convolutions, and keeps the "
+        "copies of all parameters for the backward pass. In the peer's program it "
+        "copies the moments instead, as accumax.audit shows.",
+    ),
+    (
+        r"memory/(mlp|leaves)/(sgd|adafactor|adamw)/gpu/",
+        "Less than 1 %: buffers of the size of one array, which XLA:GPU shares with "
+        "others or not.",
+    ),
+    (
+        r"time/leaves/",
+        "256 arrays of 1 KB: each passes through the loops that reset, divide and "
+        "update in place, which probably costs what is seen. Larger arrays do not "
+        "notice it.",
     ),
     (
         r"memory/\w+/(adafactor|muon)/cpu/(train_step|apply_gradients): ",

@@ -252,18 +252,24 @@ def write(
     return [path, path.with_suffix(".md"), *pictures.draw(rows, folder, stem)]
 
 
-def merged(rows: Sequence[Row], path: pathlib.Path) -> list[Row]:
+def merged(
+    rows: Sequence[Row], facts: dict[str, Any], path: pathlib.Path
+) -> tuple[list[Row], dict[str, Any]]:
     """With the other rows of the results at `path`, if they are of the same code."""
     if not path.exists():
-        return list(rows)
+        return list(rows), facts
     before = json.loads(path.read_text())
     if before["code"] != results.fingerprint():
-        return list(rows)
+        return list(rows), facts
+    facts = facts | {
+        "quick": before["quick"] or facts["quick"],
+        "seconds": before["seconds"] + facts["seconds"],
+    }
     old = {name: Row(name, **row) for name, row in before["rows"].items()}
     for name, row in old.items():
         if row.value is not None:  # else the note says why there is no number
             old[name] = dataclasses.replace(row, note="")
-    return list((old | {row.name: row for row in rows}).values())
+    return list((old | {row.name: row for row in rows}).values()), facts
 
 
 def main(argv: Sequence[str] | None = None) -> list[pathlib.Path]:
@@ -295,7 +301,8 @@ def main(argv: Sequence[str] | None = None) -> list[pathlib.Path]:
     ran = facts(target, not flags.target, time.perf_counter() - start, flags.quick)
     path = flags.output / f"{ran['date']}-{stem}.json"
     if flags.only:
-        rows = notes.explained(merged(rows, path))
+        rows, ran = merged(rows, ran, path)
+        rows = notes.explained(rows)
     paths = write(rows, ran, flags.output, stem)
     ahead = sum(bool(row.note) for row in rows)
     print(f"{len(rows)} rows, {ahead} with a note, in {ran['seconds']} s:")

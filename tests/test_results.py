@@ -58,4 +58,7 @@ def test_a_later_part_keeps_the_rows_before(tmp_path):
     path = tmp_path / "x.json"
     results.save([OURS, PEER], FACTS, path)
     again = dataclasses.replace(OURS, value=1.0)
-    assert run.merged([again], path) == [again, PEER]
+    now = FACTS | {"seconds": 5, "quick": True}
+    rows, facts = run.merged([again], now, path)
+    assert rows == [again, PEER]
+    assert facts == FACTS | {"seconds": 5 + FACTS["seconds"], "quick": True}
