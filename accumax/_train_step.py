@@ -93,8 +93,8 @@ def train_step(
 
     The floor is the memory of parameters, optimizer state, accumulator and one
     microbatch. For a scanned, rematerialised transformer with float32 parameters that
-    is one to five percent more than the step without accumulation: the accumulator
-    replaces the gradient. Layers that are not scanned take 1.2 to 1.3 times as much
+    is one to seven percent more than the step without accumulation: the accumulator
+    replaces the gradient. Layers that are not scanned take 1.1 to 1.3 times as much
     with Adam and twice as much with SGD, where XLA keeps no gradient without
     accumulation. Half-precision parameters have a float32 accumulator, and besides it
     up to one gradient of their dtype: of one layer, if a scan reads them.
