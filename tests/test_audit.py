@@ -134,6 +134,50 @@ def test_an_optimizer_that_runs_in_every_call_is_found_and_ours_is_not():
     assert found.conditionals == (1, 1)
 
 
+CHOOSING = {  # optimizers that choose between two results by a scalar
+    "clip": optax.chain(optax.clip_by_global_norm(1.0), ADAM),
+    "clip, sgd": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    "lamb": optax.lamb(1e-3),
+    "radam": optax.radam(1e-3),
+    "optimistic": optax.chain(
+        optax.clip_by_global_norm(1.0), optax.optimistic_gradient_descent(1e-3)
+    ),
+    "acprop": optax.contrib.acprop(1e-3),
+}
+
+
+def in_a_scan(tx):
+    """A call with four updates."""
+    step = with_optax(tx)
+
+    def scanned(params, state, x):
+        def body(carry, x):
+            return step(*carry, x), None
+
+        return jax.lax.scan(body, (params, state), jnp.stack([x] * 4))[0]
+
+    return scanned
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_an_optimizer_whose_result_is_needed_is_not_taken_for_one_that_is_not(name):
+    inner = CHOOSING[name]
+    tx, step = accumulated(inner)
+    for form in (
+        (with_optax(inner), inner),
+        (in_a_scan(inner), inner),
+        (with_optax(tx), tx),
+        (step, tx),
+    ):
+        found = report_of(*form)
+        assert not any(x.certain for x in found.discarded)
+        assert "runs in every call" not in texts(found)
+    if name not in ("clip, sgd", "optimistic"):  # no new moment is of an old one
+        multi = optax.MultiSteps(inner, 4).gradient_transformation()
+        for flattened in (with_optax(multi), in_a_scan(multi)):
+            assert "runs in every call" in texts(report_of(flattened, multi)), name
+
+
 def test_a_sum_that_a_flag_keeps_is_not_taken_for_an_optimizer():
     tx = accumax.accumulate(ADAM, 4, nonfinite="skip")
     found = report_of(accumax.train_step(loss_fn, tx), tx)

@@ -601,3 +601,22 @@ def test_a_static_change_within_the_loss_is_refused():
         accumax.nnx.train_step(loss)(model, optimizer, batch)
     with pytest.raises(ValueError, match="static attribute"):
         accumax.nnx.value_and_grad(loss, microbatches=2)(model, batch)
+
+
+def test_a_step_in_nnx_jit_can_be_audited():
+    model = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    tx = accumax.accumulate(optax.adam(1e-3), every=2)
+    optimizer = accumax.nnx.Optimizer(model, tx, wrt=nnx.Param)
+    step = accumax.nnx.train_step(lambda model, x: jnp.mean(model(x) ** 2))
+    step = nnx.jit(step, donate_argnums=(0, 1))
+    args = model, optimizer, jnp.ones((8, 64))
+    lowered = step.lower(*args)
+    for report in (
+        accumax.audit(step, *args),
+        accumax.audit(lowered),
+        accumax.audit(lowered.compile()),
+    ):
+        assert report.memory.aliased >= 4 * 64 * 64 * 4
+        assert report.warnings == ()
+        kinds = {x.kind for x in report.largest if x.bytes == 64 * 64 * 4}
+        assert {"parameters", "optimizer state"} <= kinds

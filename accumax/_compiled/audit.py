@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -120,6 +121,7 @@ def _compile(
 ) -> tuple[Any, Any]:
     """The lowered program, None if it is not known, and the compiled one."""
     options = donate != () or static != ()
+    fun = _of_jax(fun)
     if isinstance(fun, (jax.stages.Lowered, jax.stages.Compiled)):
         if args or kwargs or options:
             raise TypeError(
@@ -141,8 +143,20 @@ def _compile(
         )
     with warnings.catch_warnings():  # the report says it, with the paths
         warnings.filterwarnings("ignore", message="Some donated buffers")
-        lowered = jitted.lower(*args, **kwargs)
+        lowered = _of_jax(jitted.lower(*args, **kwargs))
     return lowered, lowered.compile()
+
+
+def _of_jax(x: Any) -> Any:
+    """What `jax.jit` gives, where another jit, such as that of Flax NNX, wraps it."""
+    for name, kind in (
+        ("lowered", jax.stages.Lowered),
+        ("compiled", jax.stages.Compiled),
+    ):
+        inside = getattr(x, name, None)
+        if isinstance(inside, kind):
+            return inside
+    return x
 
 
 class _Argument(NamedTuple):
@@ -173,8 +187,10 @@ def _arguments(compiled: Any, module: hlo.Module) -> dict[int, _Argument]:
             while at < len(leaves) and not x.scope.endswith(leaves[at].path):
                 at += 1
         if at < len(leaves):
-            path = x.scope or leaves[at].path
-            found[number] = leaves[at]._replace(path=path, leaf=at)
+            path, kind = x.scope or leaves[at].path, leaves[at].kind
+            if kind == "parameters" and re.match(r"opt(imizer|_state)?\b", path):
+                kind = "optimizer state"  # in NNX the name of the argument alone tells
+            found[number] = leaves[at]._replace(path=path, kind=kind, leaf=at)
         else:
             found[number] = _Argument(x.scope, "inputs", False, None)
         at += 1

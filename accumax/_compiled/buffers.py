@@ -7,14 +7,11 @@ that dies there. `Timeline.peak` can so be compared with what the compiler says.
 """
 
 import dataclasses
-import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
-from .hlo import Computation, Instruction, Module, Type, arrays
-
-# Values as buffers: the number of one, or a tuple for a tuple.
-Buffers: TypeAlias = int | tuple[Any, ...]
+from .hlo import Computation, Instruction, Module, arrays
+from .places import Buffer, Buffers, Places, at, leaves
 
 # Instructions that give another name to what is there, or run nothing.
 _VIEWS = {"bitcast", "optimization-barrier", "domain", "add-dependency", "after-all"}
@@ -43,26 +40,6 @@ class Execution(NamedTuple):
     times: int | None
     operands: tuple[Buffers, ...]
     result: Buffers
-
-
-@dataclasses.dataclass
-class Buffer:
-    """A buffer: the memory of one array, or of several that are never alive together.
-
-    Attributes:
-      bytes: its size in the main memory of the device, 0 in another memory.
-      made_by: the instruction that writes it first.
-      parameters: the numbers of the program's parameters that it holds.
-      output: whether it holds an output.
-      begins, ends: the times of its first write and its last use.
-    """
-
-    bytes: int
-    made_by: Instruction
-    parameters: frozenset[int] = frozenset()
-    output: bool = False
-    begins: int = 0
-    ends: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,83 +88,42 @@ class Timeline:
 
 def timeline(module: Module) -> Timeline:
     """Runs through the schedule of a program."""
-    walk = _Walk(module)
-    entry = module.computations[module.entry]
-    parameters = module.parameters
-    args = {n: walk.new(parameters[n]) for n in parameters}
+    places, parameters = Places(), module.parameters
+    args = {n: places.new(x, 0) for n, x in parameters.items()}
     for n, buffers in args.items():
-        for b in _leaves(buffers):
-            walk.found[b].parameters = frozenset({n})
+        for b in leaves(buffers):
+            places.of(b).parameters = frozenset({n})
+    walk = _Walk(module, places)
+    entry = module.computations[module.entry]
     result = walk.run(entry, args, "outside", 1)
-    for b in _leaves(result):
-        walk.found[b].output = True
+    outputs = leaves(result)
+    for b in outputs:
+        places.of(b).output = True
     pairs = [
         pair
         for index, n in module.aliases.items()
-        for pair in zip(_leaves(args[n]), _leaves(_at(result, index)), strict=False)
+        for pair in zip(leaves(args[n]), leaves(at(result, index)), strict=False)
     ]
-    walk.share(pairs)
-    walk.reuse(pairs)
-    walk.fill(_leaves(result))
-    return walk.timeline(frozenset(_leaves(tuple(args.values()))))
-
-
-def _leaves(buffers: Buffers) -> list[int]:
-    if isinstance(buffers, int):
-        return [buffers]
-    return [leaf for part in buffers for leaf in _leaves(part)]
-
-
-def _at(buffers: Buffers, index: Iterable[int]) -> Buffers:
-    for i in index:
-        buffers = buffers[i] if isinstance(buffers, tuple) else buffers
-    return buffers
+    _share(places, walk.executions, pairs)
+    places.reuse(pairs)
+    places.fill(outputs)
+    buffers, roots = places.united()
+    length = walk.time + 1
+    for x in buffers:
+        if x.parameters or x.output:  # who calls has these all the time
+            x.begins, x.ends = 0, length - 1
+    arguments = frozenset(leaves(tuple(args.values())))
+    return Timeline(buffers, tuple(walk.executions), length, arguments, roots)
 
 
 class _Walk:
-    """A walk through the schedule, which numbers the buffers and unites them."""
+    """A walk through the schedule, which finds where each value is."""
 
-    def __init__(self, module: Module):
+    def __init__(self, module: Module, places: Places):
         self.module = module
-        self.found: list[Buffer] = []
-        self.parent: list[int] = []
+        self.places = places
         self.executions: list[Execution] = []
         self.time = 0
-
-    def new(self, instruction: Instruction, type_: Type | None = None) -> Buffers:
-        type_ = instruction.type if type_ is None else type_
-        if isinstance(type_, tuple):
-            return tuple(self.new(instruction, part) for part in type_)
-        size = 0 if type_.space or instruction.op == "constant" else type_.bytes
-        buffer = Buffer(size, instruction, begins=self.time, ends=self.time)
-        self.found.append(buffer)
-        self.parent.append(len(self.parent))
-        return len(self.found) - 1
-
-    def root(self, number: int) -> int:
-        while self.parent[number] != number:
-            self.parent[number] = self.parent[self.parent[number]]
-            number = self.parent[number]
-        return number
-
-    def unite(self, one: Buffers, other: Buffers) -> None:
-        """The two are in the same memory."""
-        for a, b in zip(_leaves(one), _leaves(other), strict=False):
-            a, b = sorted((self.root(a), self.root(b)))
-            if a == b:
-                continue
-            first, second = self.found[a], self.found[b]
-            self.parent[b] = a
-            first.bytes = max(first.bytes, second.bytes)
-            first.parameters |= second.parameters
-            first.output |= second.output
-            first.begins = min(first.begins, second.begins)
-            first.ends = max(first.ends, second.ends)
-
-    def use(self, buffers: Buffers) -> None:
-        for b in _leaves(buffers):
-            buffer = self.found[self.root(b)]
-            buffer.ends = max(buffer.ends, self.time)
 
     def run(
         self,
@@ -201,7 +137,7 @@ class _Walk:
             operands = tuple(values[name] for name in x.operands if name in values)
             values[x.name] = self.step(x, operands, args, where, times)
         result = values[computation.root.name]
-        self.use(result)
+        self.places.use(result, self.time)
         return result
 
     def step(
@@ -223,7 +159,7 @@ class _Walk:
         if x.op in _VIEWS and operands:
             return operands[0]
         self.time += 1
-        self.use(operands)
+        self.places.use(operands, self.time)
         if x.op == "while":
             return self.loop(x, operands[0], where, times)
         if x.op == "conditional":
@@ -238,9 +174,9 @@ class _Walk:
         elif x.op.endswith("-start") and isinstance(x.type, tuple):
             result = self.start(x, operands)
         else:
-            result = self.new(x)
+            result = self.places.new(x, self.time)
             for output, number, index in x.aliases:
-                self.unite(_at(result, output), _at(operands[number], index))
+                self.places.unite(at(result, output), at(operands[number], index))
         execution = Execution(x, self.time, where, times, operands, result)
         self.executions.append(execution)
         return result
@@ -250,12 +186,12 @@ class _Walk:
         assert isinstance(x.type, tuple)
         if x.op == "copy-start":  # (destination, source, context)
             target, _, *context = x.type
-            made = [self.new(x, part) for part in (target, *context)]
+            made = [self.places.new(x, self.time, part) for part in (target, *context)]
             return (made[0], operands[0], *made[1:])
         if x.op == "all-reduce-start" or len(x.type) < 2:
-            return self.new(x)
+            return self.places.new(x, self.time)
         read = operands if isinstance(x.type[0], tuple) else operands[0]
-        return (read, *(self.new(x, part) for part in x.type[1:]))
+        return (read, *(self.places.new(x, self.time, part) for part in x.type[1:]))
 
     def loop(
         self, x: Instruction, carry: Buffers, where: str, times: int | None
@@ -269,8 +205,8 @@ class _Walk:
         for key in ("condition", "body"):
             (name,) = x.called(key)
             out = self.run(self.module.computations[name], {0: carry}, where, inside)
-        self.unite(carry, out)
-        self.use(carry)
+        self.places.unite(carry, out)
+        self.places.use(carry, self.time)
         return carry
 
     def branches(
@@ -284,98 +220,48 @@ class _Walk:
             *x.called("true_computation"),
             *x.called("false_computation"),
         ]
-        result = self.new(x)
+        result = self.places.new(x, self.time)
         for name, operand in zip(names, operands[1:], strict=True):
             computation = self.module.computations[name]
             out = self.run(computation, {0: operand}, "branch", times)
             # An operand that a branch passes through is copied into the result.
-            passed = set(map(self.root, _leaves(operand)))
-            for a, b in zip(_leaves(result), _leaves(out), strict=False):
-                if self.root(b) not in passed:
-                    self.unite(a, b)
-        self.use(result)
+            passed = set(map(self.places.root, leaves(operand)))
+            for a, b in zip(leaves(result), leaves(out), strict=False):
+                if self.places.root(b) not in passed:
+                    self.places.unite(a, b)
+        self.places.use(result, self.time)
         return result
 
-    def share(self, pairs: list[tuple[int, int]]) -> None:
-        """Puts a result in the place of an operand that dies where it is made.
 
-        `pairs` are arguments and the outputs that will take their place.
-        """
-        arguments = {self.root(output): argument for argument, output in pairs}
-        for x in self.executions:
-            if x.instruction.op in _APART or "kind=kInput" in x.instruction.attributes:
+def _share(
+    places: Places, executions: list[Execution], pairs: list[tuple[int, int]]
+) -> None:
+    """Puts a result in the place of an operand that dies where it is made.
+
+    `pairs` are arguments and the outputs that will take their place.
+    """
+    arguments = {places.root(output): argument for argument, output in pairs}
+    for x in executions:
+        if x.instruction.op in _APART or "kind=kInput" in x.instruction.attributes:
+            continue
+        dying = {
+            places.root(b)
+            for operand in x.operands
+            for b in leaves(operand)
+            if places.of(b).ends == x.time and not places.of(b).parameters
+        }
+        for b in leaves(x.result):
+            made = places.of(b)
+            if made.begins != x.time or made.parameters:
                 continue
-            dying = {
-                self.root(b)
-                for operand in x.operands
-                for b in _leaves(operand)
-                if self.found[self.root(b)].ends == x.time
-                and not self.found[self.root(b)].parameters
-            }
-            for b in _leaves(x.result):
-                made = self.found[self.root(b)]
-                if made.begins != x.time or made.parameters:
-                    continue
-                argument = arguments.get(self.root(b))
-                free = 0 if argument is None else self.found[self.root(argument)].ends
-                for a in sorted(dying - {self.root(b)}):
-                    x_ = self.found[a]
-                    if x_.bytes == made.bytes and x_.begins >= free:
-                        dying.discard(a)
-                        self.unite(a, b)
-                        break
-
-    def reuse(self, pairs: list[tuple[int, int]]) -> None:
-        """Puts outputs, and what fits before them, in place of donated arguments."""
-        for argument, output in pairs:
-            a, b = self.root(argument), self.root(output)
-            free = self.found[a].ends, self.found[b].begins
-            self.unite(a, b)
-            self._take_in(a, *free)
-
-    def fill(self, outputs: list[int]) -> None:
-        """Puts what fits into the place of an output, before that is written."""
-        for b in outputs:
-            output = self.found[self.root(b)]
-            if not output.parameters:
-                self._take_in(b, 0, output.begins)
-
-    @functools.cached_property
-    def _temporary(self) -> dict[int, list[int]]:
-        """The buffers that are neither arguments nor outputs, by their size."""
-        sizes: dict[int, list[int]] = {}
-        for n, x in enumerate(self.found):
-            if self.root(n) == n and x.bytes and not (x.parameters or x.output):
-                sizes.setdefault(x.bytes, []).append(n)
-        return sizes
-
-    def _take_in(self, number: int, begins: int, ends: int) -> None:
-        """Unites a buffer with those of its size that are alive between two times."""
-        same = self._temporary.get(self.found[self.root(number)].bytes, [])
-        left = []
-        for n in same:
-            x = self.found[n]
-            if begins <= x.begins and x.ends <= ends:
-                self.unite(number, n)
-                begins = x.ends
-            else:
-                left.append(n)
-        same[:] = left
-
-    def timeline(self, arguments: frozenset[int]) -> Timeline:
-        length = self.time + 1
-        places: dict[int, int] = {}
-        buffers = []
-        for number in range(len(self.found)):
-            if self.root(number) == number:
-                places[number] = len(buffers)
-                buffers.append(self.found[number])
-        for x in buffers:
-            if x.parameters or x.output:  # who calls has these all the time
-                x.begins, x.ends = 0, length - 1
-        roots = tuple(places[self.root(n)] for n in range(len(self.found)))
-        executions = tuple(self.executions)
-        return Timeline(tuple(buffers), executions, length, arguments, roots)
+            argument = arguments.get(places.root(b))
+            free = 0 if argument is None else places.of(argument).ends
+            for a in sorted(dying - {places.root(b)}):
+                x_ = places.found[a]
+                if x_.bytes == made.bytes and x_.begins >= free:
+                    dying.discard(a)
+                    places.unite(a, b)
+                    break
 
 
 def _done(x: Instruction, started: Buffers) -> Buffers:
@@ -386,6 +272,6 @@ def _done(x: Instruction, started: Buffers) -> Buffers:
         return started[0]
     wanted = len(arrays(x.type))
     for part in started[1:]:
-        if len(_leaves(part)) == wanted:
+        if len(leaves(part)) == wanted:
             return part
     return started[0]

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .buffers import Execution, Timeline
-from .hlo import VIEWS, Array, Computation, Instruction, Module, arrays
+from .hlo import Array, Computation, Instruction, Module, arrays
 
 COLLECTIVES = (
     "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
 # What an optimizer computes for each parameter, and a sum of gradients does not.
-_ARITHMETIC = {"sqrt", "rsqrt", "cbrt", "divide"}
+_ARITHMETIC = {"sqrt", "rsqrt", "cbrt", "divide", "add", "subtract", "multiply"}
 
 
 class Copy(NamedTuple):
@@ -73,8 +73,7 @@ class Discarded(NamedTuple):
       bytes: of the array.
       scope: the named scopes it comes from.
       certain: whether it is the work of an optimizer: the other choice is an argument
-        as it was (a moment or a parameter), or roots or divisions of each element are
-        among what was computed. Else it may be the sum of gradients.
+        as it was, a moment or a parameter. Else it may be the sum of gradients.
     """
 
     shape: str
@@ -218,8 +217,10 @@ def discarded(module: Module, shapes: Shapes, kept: set[int]) -> list[Discarded]
     """Parameter-sized arrays that are computed, and selected by a scalar condition.
 
     Where XLA flattens a conditional, or a program says `jnp.where`, both choices are
-    computed in every call. `kept` are the numbers of the program's parameters that an
-    optimizer updates: its state and the model's parameters.
+    computed in every call. Not meant is a choice between an array and the same array
+    times a scalar: clipping by a global norm chooses so, and needs the result. `kept`
+    are the numbers of the program's parameters that an optimizer updates: its state and
+    the model's parameters.
     """
     reached = _Reached(module)
     found = []
@@ -227,17 +228,19 @@ def discarded(module: Module, shapes: Shapes, kept: set[int]) -> list[Discarded]
         for x in computation.instructions:
             if x.op != "select":
                 continue
-            (array,) = arrays(x.type)
+            (array,), sides = arrays(x.type), x.operands[1:]
             if not shapes.has(array) or not _is_scalar(computation, x.operands[0]):
                 continue
-            ops = {
-                op
-                for side in x.operands[1:]
-                for op in reached.before(computation, side)
-            }
-            if ops & (_ARITHMETIC | {"add", "subtract", "multiply"}):
-                origins = {reached.origin(computation, side) for side in x.operands[1:]}
-                certain = bool(ops & _ARITHMETIC or origins & kept)
+            if _scales(computation, *sides) or _scales(computation, *reversed(sides)):
+                continue
+            before = [[*reached.before(computation, side)] for side in sides]
+            if any(y.op in _ARITHMETIC for side in before for _, y in side):
+                # A new moment is computed from the old one, which is the other choice.
+                certain = any(
+                    (old := reached.origin(computation, side)) in kept
+                    and any(reached.origin(c, y.name) == old for c, y in other)
+                    for side, other in zip(sides, reversed(before), strict=True)
+                )
                 found.append(Discarded(str(array), array.bytes, x.scope, certain))
     return found
 
@@ -247,8 +250,25 @@ def _is_scalar(computation: Computation, name: str) -> bool:
     return arrays(computation.source(name).type)[0].shape == ()
 
 
+def _scales(computation: Computation, scaled: str, name: str) -> bool:
+    """Whether the one is the other, multiplied and divided by scalars."""
+    x = computation.source(scaled)
+    while x.op in ("multiply", "divide"):
+        one, other = x.operands
+        if _is_scalar(computation, other):
+            x = computation.source(one)
+        elif x.op == "multiply" and _is_scalar(computation, one):
+            x = computation.source(other)
+        else:
+            return False
+    return x.name == computation.source(name).name
+
+
 class _Reached:
-    """The operations from which a value is computed, also in another fusion."""
+    """What runs in every call, and the operations from which a value is computed.
+
+    What is in a conditional, or in a loop that runs at most once, is left out.
+    """
 
     def __init__(self, module: Module):
         self.module = module
@@ -258,31 +278,40 @@ class _Reached:
 
     def _collect(self, computation: Computation) -> None:
         self.run.append(computation)
-        keys = "calls", "body", "branch_computations", "true_computation"
         for x in computation.instructions:
-            names = x.called(*keys, "false_computation")
+            if x.op == "while" and self.module.is_at_most_once(x):
+                continue
+            names = x.called("calls", "body")
             names += x.called("to_apply") if x.op == "call" else []
             for name in names:
-                if x.op in ("fusion", "call"):
-                    self.callers[name] = computation, x
+                self.callers[name] = computation, x
                 self._collect(self.module.computations[name])
 
     def origin(self, computation: Computation, name: str) -> int | None:
-        """The number of the program's parameter that a value is; None if computed."""
-        x = computation.source(name)
+        """The number of the program's parameter that a value is; None if computed.
+
+        A value that a loop carries is what the loop begins with.
+        """
+        x, part = computation.source(name), None
+        if x.op == "get-tuple-element":
+            x, part = computation.source(x.operands[0]), x.number("index") or 0
         if x.op != "parameter":
             return None
         if computation.name == self.module.entry:
             return int(x.inside)
-        if computation.name not in self.callers:
-            return None  # the carry of a loop
         caller, call = self.callers[computation.name]
-        return self.origin(caller, call.operands[int(x.inside)])
+        operand = call.operands[int(x.inside)]
+        if part is not None:
+            whole = caller.source(operand)
+            if whole.op != "tuple":
+                return None
+            operand = whole.operands[part]
+        return self.origin(caller, operand)
 
     def before(
         self, computation: Computation, name: str, depth: int = 0
-    ) -> Iterator[str]:
-        """The operations that a value of the shape of parameters is computed from.
+    ) -> Iterator[tuple[Computation, Instruction]]:
+        """The instructions that a value of the shape of parameters is computed from.
 
         Up to what a fusion or two before has read: further back is the gradient.
         """
@@ -292,19 +321,16 @@ class _Reached:
             if x is None or x.name in seen or not any(a.shape for a in arrays(x.type)):
                 continue  # nothing for each element
             seen.add(x.name)
-            if x.op == "parameter" and depth < 2 and computation.name in self.callers:
-                caller, call = self.callers[computation.name]
+            caller, call = self.callers.get(computation.name, (computation, x))
+            if x.op == "parameter" and depth < 2 and call.op in ("fusion", "call"):
                 operand = call.operands[int(x.inside)]
                 yield from self.before(caller, operand, depth + 1)
             elif x.op == "fusion":
                 if depth < 2:
                     (inner,) = x.called("calls")
                     inside = self.module.computations[inner]
-                    yield from (
-                        i.op for i in inside.instructions if i.op in _ARITHMETIC
-                    )
+                    yield from ((inside, i) for i in inside.instructions)
             else:
-                if x.op not in {*VIEWS, "get-tuple-element"}:
-                    yield x.op
+                yield computation, x
                 if x.op not in ("while", "conditional", "dot", "convolution"):
                     stack += x.operands

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from .findings import Collective, Copy, Discarded
 from .limit import readable
 
+SMALL = 0.01  # of the arguments: copies of less are listed, without a warning
 Kind: TypeAlias = Literal[
     "parameters",
     "optimizer state",
@@ -262,7 +263,7 @@ def said(report: Audit) -> Iterator[str]:
             f"not their new values, the first {one} by {other}: each is copied. Return "
             "the outputs in the order of the arguments, (params, opt_state)."
         )
-    yield from _of_copies(report.copies)
+    yield from _of_copies(report)
     yield from _of_collectives(report.collectives)
     certain = [x for x in report.discarded if x.certain]
     if certain:
@@ -274,16 +275,22 @@ def said(report: Audit) -> Iterator[str]:
         )
 
 
-def _of_copies(copies: tuple[Copy, ...]) -> Iterator[str]:
-    found = [x for x in copies if x.certain]
-    if not found:
-        return
+def _of_copies(report: Audit) -> Iterator[str]:
+    found = [x for x in report.copies if x.certain]
     total = sum(x.bytes * (x.times or 1) for x in found)
+    if total <= SMALL * (report.memory.arguments or 0):
+        return
     names = sorted({x.path for x in found if x.path})
     of = f", among them of {', '.join(names[:3])}" if names else ""
+    ordered = report.donated and not (report.crossed or report.not_reused)
     yield (
         f"{len(found)} copies of buffers as large as parameters, {readable(total)} a "
-        f"call{of}. Donate the arguments, and keep their order in the result."
+        f"call{of}. "
+        + (
+            "The arguments are donated and in order, so it is XLA that copies."
+            if ordered
+            else "Donate the arguments, and keep their order in the result."
+        )
     )
 
 
