@@ -128,6 +128,22 @@ def strong(x: ArrayLike, dtype: Any = None) -> jax.Array:
     return jnp.asarray(x, dtype=dtype)
 
 
+def own(tree: PyTree, *others: PyTree) -> PyTree:
+    """`tree` with arrays that are in no other tree and nowhere else in it.
+
+    JAX cannot donate an array twice, and some optimizers begin with the parameters
+    themselves, or with one array in two places.
+    """
+    seen = set(map(id, jax.tree.leaves(others)))
+
+    def owned(x: Any) -> jax.Array:
+        found = strong(jnp.copy(x) if id(x) in seen else x)
+        seen.add(id(x))
+        return found
+
+    return jax.tree.map(owned, tree)
+
+
 def wide(dtype: Any, least: Any = jnp.float32) -> Any:
     """`dtype`, in at least the precision of `least`."""
     with jax.numpy_dtype_promotion("standard"):  # "strict" would refuse to compare
@@ -275,6 +291,17 @@ def check_same(name: str, tree: PyTree, expected: PyTree) -> None:
             f"The new {name} is {outline(tree)}, where {outline(expected)} was. It "
             "must stay of that structure and of those shapes."
         )
+
+
+def check_flags(**flags: Any) -> None:
+    """Checks that options are True or False. To Python, "no" is true, too.
+
+    Raises:
+      TypeError: one is something else. The message names it.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, (bool, np.bool_)):
+            raise TypeError(f"{name}={flag!r} must be True or False.")
 
 
 def describe(x: Any) -> str:

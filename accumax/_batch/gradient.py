@@ -15,7 +15,7 @@ from .._xla.loops import reset
 from .._xla.refs import add_backward
 from .loss import Call, Loss, StatefulLoss, with_live
 from .outputs import aux_specs
-from .scan import Loop, Outcome
+from .scan import Loop, Outcome, add_carried
 from .split import Split
 
 
@@ -53,10 +53,16 @@ def at_once(
         grads = vjp(jnp.ones_like(value))[0]
     else:
         weight = pruned(lambda live: read(live)[0].weight, live) if weighted else None
-        taken = None if weight is None else has_items(weight)
-        ((value, _), (aux, state)), grads = add_backward(
-            fun, live, begun.sums[0], begun.first, taken
-        )
+        if weighted and weight is None:  # it has an effect, which must not happen twice
+            sums, _ = reset(begun.sums[0], begun.first)
+            out, grads = add_carried(
+                fun, live, sums, lambda values: has_items(values[1])
+            )
+            (value, weight), (aux, state) = out
+        else:
+            taken = None if weight is None else has_items(weight)
+            out, grads = add_backward(fun, live, begun.sums[0], begun.first, taken)
+            (value, _), (aux, state) = out
     out = Loss(value, weight, aux)
     out = out._replace(value=out.mean())
     # `accepted` is true: the window checks the weight.

@@ -241,9 +241,11 @@ class _Term:
         def taken(found: jax.Array | None) -> jax.Array | None:
             return None if found is None else self.agree(has_items(found))
 
-        live = self.whole(part)
-        if self.in_place:
+        live, found, in_place = self.whole(part), None, self.in_place
+        if in_place and self.loop.weighted:
             found = self.weight(live, part, state)
+            in_place = found is not None
+        if in_place:
             out, grads = add_backward(fun, live, grads, taken=taken(found))
             (value, _), (aux, state) = out
         else:
@@ -267,9 +269,10 @@ class _Term:
     def weight(
         self, live: dict[int, PyTree], part: Part, state: PyTree
     ) -> jax.Array | None:
-        """Returns the weight of a microbatch, () float; None if losses have none."""
-        if not self.loop.weighted:
-            return None
+        """Returns the weight of a microbatch, () float, before its loss is computed.
+
+        None if the weight has an effect, which must not happen twice.
+        """
         return pruned(lambda live: self.read(live, part, state)[0].weight, live)
 
     def weigh(self, found: jax.Array | None, part: Part) -> tuple[jax.Array, jax.Array]:
@@ -338,6 +341,13 @@ def _one_divisor(
     def body(sums: list[jax.Array], part: Part) -> list[jax.Array]:
         def added(term: _Term, total: jax.Array) -> jax.Array:
             found = term.weight(term.whole(part), part, term.state)
+            if found is None:
+                raise NotImplementedError(
+                    "The weight of one of several losses has an effect (a callback, or "
+                    "a jax.Ref from outside of the loss). The weights are computed "
+                    "before the losses, so it would happen twice. Compute the weight "
+                    "without the effect, or pass the losses one by one."
+                )
             return total + term.weigh(found, part)[0]
 
         return [added(*pair) for pair in zip(terms, sums, strict=True)]

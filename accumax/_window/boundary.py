@@ -124,7 +124,7 @@ def close(
     noise = measure.small_batch(state, sums, applies, devices)
     square = None
     if measure.names and not devices.sums_are_total:
-        square = jnp.zeros((), jnp.float32)
+        square = jnp.zeros((), float)
     carry = live, (window.inner.placed(state.inner_opt_state), square)
     with jax.named_scope("accumax.boundary"):
         (live, (inner_state, square)), grads = devices.boundary(

@@ -100,7 +100,7 @@ class Measure:
         # In a loop of its own, behind the optimizer: XLA:CPU keeps the squares of all
         # gradients if Adam computes them in the same loop, and copies sums that are
         # changed after they were read.
-        old = jnp.zeros((), jnp.float32) if square is None else square
+        old = jnp.zeros((), float) if square is None else square
         reads = reads | applies if square is None else reads
         square = _read(reads, mean_square, (sums.grads, weight), old, devices)
         found: dict[str, Any] = {}
@@ -143,13 +143,14 @@ def _pick(flag: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def square_of(tree: PyTree) -> jax.Array:
-    """The sum of the squares of all elements, in at least float32."""
+    """() float: the sum of the squares of all elements, in at least float32."""
 
     def square(x: jax.Array) -> jax.Array:
         x = jnp.abs(x) if jnp.iscomplexobj(x) else x
         return jnp.sum(x.astype(_tree.wide(x.dtype)) ** 2)
 
-    return sum(map(square, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
+    total = sum(map(square, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
+    return total.astype(float)  # as in the state, also for sums in float64
 
 
 def _read(
@@ -175,12 +176,14 @@ def _read(
         return at_most_once(reads, read, old)
 
 
-def measure(accumulator: Accumulator, track_norm: bool, track_noise: Any) -> Measure:
+def measure(accumulator: Accumulator, track_norm: Any, track_noise: Any) -> Measure:
     """Makes a `Measure`; see `accumax.accumulate`.
 
     Raises:
-      ValueError: an option is wrong, or an averaged argument has the name of a measure.
+      TypeError, ValueError: an option is wrong, or an averaged argument has the name of
+        a measure.
     """
+    _tree.check_flags(track_norm=track_norm)
     found = Measure(accumulator, track_norm, _check_decay(track_noise))
     for name in set(found.names) & set(accumulator.averaged_args):
         raise ValueError(

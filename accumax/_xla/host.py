@@ -65,7 +65,7 @@ def in_turns(fun: Callable[..., T]) -> Callable[..., T]:
     Adam: 2.2 of temp, and 0.25 in turns). So the program of `fun` is arranged by
     results: what the first parameter needs, then what the second needs, and so on. The
     arrays for a parameter are fetched when those for the one before it are back on the
-    host. No value changes.
+    host. No value changes. A program with effects, as on a `jax.Ref`, keeps its order.
     """
 
     def run(carry: T, *args: Any) -> T:
@@ -82,6 +82,8 @@ def in_turns(fun: Callable[..., T]) -> Callable[..., T]:
             return fun(carry, *args)
 
         program, shapes = jax.make_jaxpr(of_arrays, return_shape=True)(*arrays)
+        if program.effects:
+            return fun(carry, *args)
         # Optax has steps under `jax.jit` that take the arrays of all parameters.
         flat = jax.make_jaxpr(lambda *x: inlined(program, x))(*arrays)
         out = _evaluate_in_turns(flat, arrays, len(jax.tree.leaves(carry)))

@@ -1,9 +1,11 @@
 """Properties of a function, read from its jaxpr, and its evaluation in parts."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.ref
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import Sharding
 
@@ -128,16 +130,42 @@ def pruned(fun: Callable[..., Any], *args: Any) -> Any:
     """Runs `fun(*args)`, without the equations that the returned arrays do not need.
 
     XLA drops them as well. Here they are not lowered, and no effect happens twice.
+
+    Returns:
+      The result; None if it needs an effect, such as that of a callback or on a
+      `jax.Ref` from outside. Refs that `fun` makes are its own.
     """
     program, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
     needed, kept = set(filter(is_variable, program.jaxpr.outvars)), []
     for eqn in reversed(program.jaxpr.eqns):
-        if not needed.isdisjoint(eqn.outvars):
-            needed.update(filter(is_variable, eqn.invars))
+        read = set(filter(is_variable, eqn.invars))
+        refs = set(filter(_is_ref, read))  # also what writes into a ref that is read
+        if not needed.isdisjoint({*eqn.outvars, *refs}):
+            needed |= read
             kept.append(eqn)
+    given = {*program.jaxpr.invars, *program.jaxpr.constvars}
+    for eqn in kept:
+        if any(_is_ref(x) and x in given for x in eqn.invars if is_variable(x)):
+            return None
+        if not all(isinstance(e, _effects_on_refs()) for e in eqn.effects):
+            return None
     jaxpr = program.jaxpr.replace(eqns=kept[::-1])
     out = jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts))(*jax.tree.leaves(args))
     return jax.tree.structure(shapes).unflatten(out)
+
+
+@functools.cache
+def _effects_on_refs() -> tuple[type, ...]:
+    """The types of the effects that a jaxpr has on refs, for which JAX has no name."""
+
+    def uses() -> jax.Array:
+        ref = jax.new_ref(0.0)
+        ref[...] = ref[...] + 1
+        jax.ref.addupdate(ref, (), 1.0)
+        return jax.freeze(ref)
+
+    eqns = jax.make_jaxpr(uses)().jaxpr.eqns
+    return tuple({type(effect) for eqn in eqns for effect in eqn.effects})
 
 
 def exchanges(names: tuple[str, ...], fun: Callable[..., Any], *args: Any) -> bool:

@@ -284,7 +284,8 @@ def _split_arrays(tree: PyTree) -> tuple[list[jax.Array], Any, list[Any]]:
 
 
 def _join_arrays(arrays: list[jax.Array], structure: Any, leaves: list[Any]) -> PyTree:
-    left = iter(arrays)
+    # A result that is a constant of a jaxpr comes out of it as a number.
+    left = map(jnp.asarray, arrays)
     return structure.unflatten([next(left) if x is _HOLE else x for x in leaves])
 
 
