@@ -12,6 +12,7 @@ import optax
 from ._devices.mesh import AxisNames
 from ._devices.reduce_axis import DataParallel, check_window_axis
 from ._sums import accumulator
+from ._tree import check_flags
 from ._types import DTypeLike, NonFinite, PyTree, Reduction, Schedule
 from ._window import boundary
 from ._window.boundary import is_accumulate, window_of
@@ -104,7 +105,9 @@ def accumulate(
     Returns:
       A transformation whose state is an `AccumulateState`. A window whose weights sum
       to 0 applies nothing. A call whose traced weight is negative or not finite counts
-      towards the window with weight 0, or not at all under "skip".
+      towards the window with weight 0, or not at all under "skip". (By default, of a
+      call that a loss with weighted=True divides over microbatches or devices, only the
+      part with such a weight is left out; `skipped` counts the call.)
 
     Raises:
       TypeError, ValueError: an argument is wrong; or gradients, weight or state of a
@@ -139,6 +142,7 @@ def accumulate(
             f"inner={inner!r} must be an optax.GradientTransformation, such as "
             f"optax.adamw(3e-4).{hint}"
         )
+    check_flags(offload_optimizer=offload_optimizer)
     arithmetic = accumulator(
         reduction=reduction,
         dtype=accumulator_dtype,

@@ -80,6 +80,7 @@ def microbatch(
     """
     if not callable(fun):
         raise TypeError(f"{fun=} must be a function that returns a row for each row.")
+    _tree.check_flags(in_place=in_place)
     divide = split(microbatch_size, None, batch_argnums, rng_argnums, unroll)
     accumulated = accumulator(reduction="sum", dtype=accumulator_dtype)
 

@@ -15,6 +15,7 @@ from ._batch.scan import Loop, Outcome
 from ._batch.split import Split, split
 from ._devices.one import Devices
 from ._devices.reduce_axis import ReduceAxis, check_reduce_axis
+from ._tree import check_flags
 from ._types import ArrayLike, PyTree
 from ._window.boundary import close
 from ._window.checks import check_flush
@@ -50,6 +51,9 @@ class Step:
         Raises:
           TypeError, ValueError: the options do not fit `window`, or each other.
         """
+        check_flags(
+            weighted=self.weighted, has_aux=self.has_aux, in_place=self.in_place
+        )
         devices = window.devices.join(self._devices)
         check_reductions(self.aux)
         if self.divided or devices.needs_rows:

@@ -5,7 +5,7 @@ call `add` once for each microbatch and `result` once for each window.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -323,7 +323,8 @@ def _check_dtype(dtype: Any) -> Any:
 
 
 def _check_names(names: Any) -> tuple[str, ...]:
-    names = (names,) if isinstance(names, str) or names is None else tuple(names)
+    several = isinstance(names, Iterable) and not isinstance(names, str)
+    names = tuple(names) if several else (names,)
     for name in names:
         if not isinstance(name, str):
             raise TypeError(

@@ -101,11 +101,12 @@ def value_and_grad(
         is divided, not by the weights either.
       aux: how to reduce the aux over microbatches: "mean" (weighted as the loss),
         "sum", "last" (the last microbatch's), "stack" (along a new first axis) or
-        "concat" (one value a row, in the order of the batch). Integers take all but
-        "mean". A pytree prefix of the aux gives each leaf its own reduction. On one
-        device, a reduction may be an object with `init(like)`, `update(carry, x, i)`
-        and `finalize(carry)`, such as an `optax.microbatching.Accumulator`. For several
-        losses: one for all, or a tuple with one for each.
+        "concat" (one value a row, in the order of the batch, as for logits: a "mean"
+        would be of row i of all microbatches). Integers take all but "mean". A pytree
+        prefix of the aux gives each leaf its own reduction. On one device, a reduction
+        may be an object with `init(like)`, `update(carry, x, i)` and `finalize(carry)`,
+        such as an `optax.microbatching.Accumulator`. For several losses: one for all,
+        or a tuple with one for each.
       accumulator_dtype: the dtype that gradients are added in; None for their own. With
         float64 parameters pass float64 or None.
       unroll: as for `lax.scan`. True leaves no loop in the program and still keeps one
@@ -210,6 +211,7 @@ def gradients(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'{reduction=} must be "mean" or "sum".')
+    _tree.check_flags(has_aux=has_aux, weighted=weighted, in_place=in_place)
     divide = split(microbatch_size, microbatches, batch_argnums, rng_argnums, unroll)
     positions = check_argnums(argnums)
     several_args = not hasattr(argnums, "__index__")
@@ -234,13 +236,7 @@ def gradients(
     ) -> tuple[PyTree, tuple[Any, PyTree]]:
         differentiated = at(positions, args)
         call = Call(args, kwargs, differentiated, given, state, limit=num_microbatches)
-        for n, live in zip(call.argnums, call.live, strict=True):
-            _tree.check_parameters(f"Argument {n}", args[n])
-            if jax.tree.leaves(args[n]) and not jax.tree.leaves(live):
-                raise TypeError(
-                    f"Argument {n}, which is differentiated, holds no floating-point "
-                    f"number: {_tree.outline(args[n])}."
-                )
+        _check_live(call)
         here = dataclasses.replace(loop, losses=stateful)
         out = Gradient(here, divide, accumulated, devices)(call)
         grads, _ = accumulated.result(Sums(out.grads, out.weight, {}))
@@ -257,6 +253,16 @@ def gradients(
         return out.state, (result, grads if several_args else grads[0])
 
     return run
+
+
+def _check_live(call: Call) -> None:
+    for n, live in zip(call.argnums, call.live, strict=True):
+        _tree.check_parameters(f"Argument {n}", call.args[n])
+        if jax.tree.leaves(call.args[n]) and not jax.tree.leaves(live):
+            raise TypeError(
+                f"Argument {n}, which is differentiated, holds no floating-point "
+                f"number: {_tree.outline(call.args[n])}."
+            )
 
 
 def grad(

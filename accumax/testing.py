@@ -10,6 +10,7 @@ an accumulated gradient, and says how much each microbatch counts in it.
 
 import dataclasses
 import textwrap
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from ._testing.evidence import Evidence, by_path, gather
 from ._testing.faults import Context, diagnose
 from ._testing.update import Distance
 from ._types import PyTree
+
+__all__ = ["Coefficients", "UpdateReport", "check_update", "coefficients"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +195,7 @@ class UpdateReport:
         up to it are rounding), and `ratio`.
       factor: the ratio up to which a parameter is right.
       coefficients: what the gradient shows, if it could be had; else None.
-      note: why not, if there are none.
+      note: why not, if there are none; and what the check cannot see.
     """
 
     distances: tuple[Distance, ...]
@@ -280,8 +283,9 @@ def check_update(
     Returns:
       An `UpdateReport`. A step may be right by this measure and have a fault that its
       optimizer hides: Adam's first update does not depend on the scale of the gradient.
-      Adam also turns rounding into whole steps where the true gradient is 0, as for
-      the bias of a key in attention; there, a right step may fail. Check with SGD.
+      A warning says so if twice the gradient would pass, too. Adam also turns rounding
+      into whole steps where the true gradient is 0, as for the bias of a key in
+      attention; there, a right step may fail. Check with SGD.
 
     Raises:
       AssertionError: the step is wrong.
@@ -317,10 +321,10 @@ def check_update(
     calls = [batch] if once else microbatches
     after, state = update.window(step, params, opt_state, calls, call or update.call)
     distances = update.distances(big, params, batch, after)
-    found, note = None, ""
+    found, notes = None, []
     read = update.read_gradient(big, gradient, params, after, state, batch)
     if isinstance(read, str) or big.gradient is None:
-        note = str(read)
+        notes.append(str(read))
     else:
         found = coefficients(
             read.gradient,
@@ -330,7 +334,22 @@ def check_update(
             devices=devices,
             alternatives=alternatives,
         )
-    report = UpdateReport(distances, factor, found, note)
+    report = UpdateReport(distances, factor, found)
+    right = found is not None and found.fault == "none"
+    if found is not None and weights is None and right != report.passed:
+        notes.append(
+            "Update and diagnosis disagree. The diagnosis takes each row for one item: "
+            "pass weights=, the items (tokens) of each microbatch."
+        )
+    hidden = update.hides_scale(big, params, batch, distances, factor)
+    if hidden:
+        notes.append(
+            "This optimizer's first update is the same for twice the gradient, so a "
+            "wrong scale or a mean of means may pass. Check with optax.sgd(1.0), too."
+        )
+    report = dataclasses.replace(report, note="\n".join(notes))
     if not report.passed:
         raise AssertionError(f"The update is not the big batch's.\n{report}")
+    if hidden and not right:
+        warnings.warn(notes[-1], stacklevel=2)
     return report

@@ -35,6 +35,8 @@ def test_the_mean_keeps_the_dtype_of_the_loss():
     ("out", "has_aux", "weighted", "words"),
     [
         ((LOSS, "aux"), False, False, ["scalar", "pass has_aux=True"]),
+        ((LOSS, 8), False, False, ["pass weighted=True", "pass has_aux=True"]),
+        (((LOSS, LOSS), {}), True, False, ["pass weighted=True"]),
         (LOSS, True, False, ["(loss, aux)", "float32[]"]),
         ((LOSS, 1, 2), True, False, ["(loss, aux)"]),
         (LOSS, False, True, ["(loss_sum, weight)", "float32[]"]),

@@ -123,3 +123,15 @@ def test_lookahead_synchronizes_by_windows():
         want = optax.apply_updates(want, updates)
     assert distance(params, want) < 1e-5
     assert distance(want.fast, init()) > 0.1
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_parameters_and_every_state_can_be_donated_together(jitted):
+    for name in OPTIMIZERS:
+        if jitted and name not in ("contrib.cocob", "contrib.prodigy", "adam"):
+            continue
+        params = init()
+        tx = accumax.accumulate(make(name), WINDOW)
+        state = (jax.jit(tx.init) if jitted else tx.init)(params)
+        arrays = jax.tree.leaves((params, state))
+        assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays), name

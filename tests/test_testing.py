@@ -639,6 +639,62 @@ def test_adam_does_not_hide_a_mean_of_means():
         )
 
 
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.adamw(0.1),
+        optax.lion(0.1),
+        optax.chain(optax.clip_by_global_norm(1e-3), optax.adam(0.1)),
+        optax.chain(optax.clip_by_global_norm(1e-3), SGD),
+    ],
+)
+def test_an_optimizer_that_hides_the_scale_is_named(inner):
+    tx = accumax.accumulate(inner, 4, reduction="sum")  # which is four times the mean
+    params = {"w": jnp.ones(3)}
+
+    def loss(params, batch):
+        return jnp.mean(batch @ params["w"])
+
+    with pytest.warns(UserWarning, match="same for twice the gradient"):
+        report = check_update(
+            jax.jit(accumax.train_step(loss, tx)),
+            params,
+            tx.init(params),
+            jnp.split(jnp.arange(1.0, 25).reshape(8, 3), 4),
+            reference=(loss, inner),
+        )
+    assert report.passed
+    assert "optax.sgd(1.0)" in report.note
+
+
+def test_a_diagnosis_without_the_tokens_of_each_microbatch_asks_for_them():
+    masks = [jnp.arange(4) < n for n in (1, 2, 4)]
+    parts = jnp.split(jnp.arange(1.0, 37).reshape(12, 3) / 20, 3)
+    calls = [{"x": x, "mask": m} for x, m in zip(parts, masks, strict=True)]
+
+    def sums(params, batch):
+        each = (batch["x"] @ params["w"]) ** 2 * batch["mask"]
+        return each.sum(), batch["mask"].sum().astype(float)
+
+    def mean(params, batch):
+        total, count = sums(params, batch)
+        return total / count
+
+    params, tx = {"w": jnp.ones(3)}, accumax.accumulate(SGD, 3)
+    check = functools.partial(
+        check_update, params=params, microbatches=calls, reference=(mean, SGD)
+    )
+    right = jax.jit(accumax.train_step(sums, tx, weighted=True))
+    report = check(right, opt_state=tx.init(params))
+    assert "pass weights=" in report.note
+    report = check(right, opt_state=tx.init(params), weights=[1, 2, 4])
+    assert report.coefficients.fault == "none"
+    assert report.note == ""
+    wrong = jax.jit(accumax.train_step(mean, tx))
+    with pytest.raises(AssertionError, match="pass weights="):
+        check(wrong, opt_state=tx.init(params))
+
+
 @pytest.mark.slow
 def test_a_step_that_splits_the_batch_itself():
     grad = accumax.grad(loss_fn, microbatch_size=7)

@@ -395,3 +395,39 @@ def test_params_of_none_are_named(form):
     }
     with pytest.raises(ValueError, match="params has no leaf"):
         forms[form]()
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda x: accumax.accumulate(optax.sgd(0.1), 2, track_norm=x), "track_norm"),
+        (
+            lambda x: accumax.accumulate(optax.sgd(0.1), 2, offload_optimizer=x),
+            "offload_optimizer",
+        ),
+        (lambda x: accumax.train_step(loss_fn, TX, weighted=x), "weighted"),
+        (lambda x: accumax.train_step(loss_fn, TX, has_aux=x), "has_aux"),
+        (lambda x: accumax.train_step(loss_fn, TX, in_place=x), "in_place"),
+        (
+            lambda x: accumax.value_and_grad(loss_fn, microbatches=2, weighted=x),
+            "weighted",
+        ),
+        (
+            lambda x: accumax.value_and_grad(loss_fn, 0, x, microbatches=2),
+            "has_aux",
+        ),
+        (lambda x: accumax.grad(loss_fn, microbatches=2, in_place=x), "in_place"),
+        (
+            lambda x: accumax.microbatch(loss_fn, microbatch_size=2, in_place=x),
+            "in_place",
+        ),
+        (
+            lambda x: accumax.DataParallel("data", shard_optimizer=x),
+            "shard_optimizer",
+        ),
+    ],
+)
+@pytest.mark.parametrize("flag", ["no", 0.9, None, 1])
+def test_a_flag_is_true_or_false(make, name, flag):
+    with pytest.raises(TypeError, match=f"{name}={flag!r} must be True or False"):
+        make(flag)

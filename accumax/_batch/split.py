@@ -197,10 +197,12 @@ class Split:
         if size is None:
             each = count * (self.microbatches or 1)
             if rows % each:
+                by = f"microbatches={self.microbatches} does"
+                if count > 1:
+                    by = f"{over} times {by[:-5]}, that is {each}, do"
                 raise ValueError(
-                    f"The batch has {rows} rows, which {over} times "
-                    f"microbatches={self.microbatches}, that is {each}, do not divide. "
-                    f"Pass a multiple of {each} rows, or microbatch_size."
+                    f"The batch has {rows} rows, which {by} not divide. Pass a "
+                    f"multiple of {each} rows, or microbatch_size."
                 )
         elif size % count:
             raise ValueError(

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, TypeAlias
 
+from .._tree import check_flags
 from .._types import DTypeLike
 from .mesh import AxisNames, MeshLike, axes_of_mesh
 from .one import ONE, Devices
@@ -70,10 +71,7 @@ class DataParallel:
 
     def __post_init__(self):
         axes_of_mesh(self.axis, self.mesh)
-        if not isinstance(self.shard_optimizer, bool):
-            raise TypeError(
-                f"shard_optimizer={self.shard_optimizer!r} must be True or False."
-            )
+        check_flags(shard_optimizer=self.shard_optimizer)
         check_dtype("reduce_dtype", self.reduce_dtype)
         if check_dtype("gather_dtype", self.gather_dtype) and not self.shard_optimizer:
             raise ValueError(

@@ -334,8 +334,7 @@ class FSDP:
 
     def __post_init__(self):
         axes_of_mesh(self.axis, self.mesh)
-        if not isinstance(self.once, bool):
-            raise TypeError(f"once={self.once!r} must be True or False.")
+        _tree.check_flags(once=self.once)
 
 
 def _is_spec(x: Any) -> bool:

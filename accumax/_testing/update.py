@@ -234,6 +234,35 @@ def read_gradient(
     return Gradient(moved, tolerance)
 
 
+def hides_scale(
+    big: Reference,
+    params: PyTree,
+    batch: PyTree,
+    distances: tuple[Distance, ...],
+    factor: float,
+) -> bool:
+    """Whether a gradient that is twice as long would pass as well.
+
+    It would if the first update does not depend on the scale, as that of Adam, or is
+    clipped. A sum for a mean, or a mean of means, may then pass too.
+    """
+    if big.gradient is None or big.optimizer is None:
+        return False
+    live, grads = differentiable(params), big.gradient(params, batch)
+    each = {}
+    for scale in (1, 2):
+        scaled = jax.tree.map(lambda g, scale=scale: scale * g, grads)
+        try:
+            updates, _ = big.optimizer.update(scaled, big.optimizer.init(live), live)
+        except (TypeError, ValueError):  # an optimizer with arguments of its own
+            return False
+        each[scale] = by_path(optax.apply_updates(live, updates))
+    bounds = {x.path: factor * max(x.big_batch, x.floor) for x in distances}
+    return all(
+        _far(x, numbers(each[1][path])) <= bounds[path] for path, x in each[2].items()
+    )
+
+
 def _pairs(params: PyTree, grads: PyTree) -> list[tuple[np.ndarray, np.ndarray]]:
     each = by_path(grads)
     return [(x, each[path]) for path, x in by_path(params).items() if x.size]
