@@ -105,9 +105,9 @@ def accumulate(
     Returns:
       A transformation whose state is an `AccumulateState`. A window whose weights sum
       to 0 applies nothing. A call whose traced weight is negative or not finite counts
-      towards the window with weight 0, or not at all under "skip". (By default, of a
-      call that a loss with weighted=True divides over microbatches or devices, only the
-      part with such a weight is left out; `skipped` counts the call.)
+      towards the window with weight 0, or not at all under "skip". (If a call
+      with weighted=True has microbatches or several devices, by default only the part
+      with that weight is left out; `skipped` still counts the call.)
 
     Raises:
       TypeError, ValueError: an argument is wrong; or gradients, weight or state of a

@@ -128,20 +128,22 @@ def strong(x: ArrayLike, dtype: Any = None) -> jax.Array:
     return jnp.asarray(x, dtype=dtype)
 
 
-def own(tree: PyTree, *others: PyTree) -> PyTree:
-    """`tree` with arrays that are in no other tree and nowhere else in it.
+def unshare(tree: PyTree, *others: PyTree) -> PyTree:
+    """Copies each array of `tree` that also occurs in `others`, or earlier in `tree`.
 
     JAX cannot donate an array twice, and some optimizers begin with the parameters
     themselves, or with one array in two places.
     """
-    seen = set(map(id, jax.tree.leaves(others)))
+    seen = {id(x): x for x in jax.tree.leaves(others)}  # the values keep the ids alive
 
-    def owned(x: Any) -> jax.Array:
-        found = strong(jnp.copy(x) if id(x) in seen else x)
-        seen.add(id(x))
-        return found
+    def copy(x: Any) -> Any:
+        if not isinstance(x, jax.Array):
+            return x
+        shared = id(x) in seen
+        seen[id(x)] = x
+        return jnp.copy(x) if shared else x
 
-    return jax.tree.map(owned, tree)
+    return jax.tree.map(copy, tree)
 
 
 def wide(dtype: Any, least: Any = jnp.float32) -> Any:

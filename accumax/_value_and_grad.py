@@ -101,12 +101,12 @@ def value_and_grad(
         is divided, not by the weights either.
       aux: how to reduce the aux over microbatches: "mean" (weighted as the loss),
         "sum", "last" (the last microbatch's), "stack" (along a new first axis) or
-        "concat" (one value a row, in the order of the batch, as for logits: a "mean"
-        would be of row i of all microbatches). Integers take all but "mean". A pytree
-        prefix of the aux gives each leaf its own reduction. On one device, a reduction
-        may be an object with `init(like)`, `update(carry, x, i)` and `finalize(carry)`,
-        such as an `optax.microbatching.Accumulator`. For several losses: one for all,
-        or a tuple with one for each.
+        "concat" (one value for each row, such as logits, in the order of the batch;
+        "mean" would average row i of all microbatches). Integers take all but "mean". A
+        pytree prefix of the aux gives each leaf its own reduction. On one device, a
+        reduction may be an object with `init(like)`, `update(carry, x, i)` and
+        `finalize(carry)`, such as an `optax.microbatching.Accumulator`. For several
+        losses: one for all, or a tuple with one for each.
       accumulator_dtype: the dtype that gradients are added in; None for their own. With
         float64 parameters pass float64 or None.
       unroll: as for `lax.scan`. True leaves no loop in the program and still keeps one

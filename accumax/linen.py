@@ -14,15 +14,13 @@ from . import _tree
 from ._accumulate import accumulating, flush
 from ._batch.arguments import Places, check_names, check_no_key, check_places
 from ._flax import statistics as running
-from ._flax.average import ema
+from ._flax.average import ema as ema
 from ._flax.fields import STATISTICS, Fields, frozen_as
 from ._step import Step
 from ._train_step import apply_gradients
 from ._types import ArrayLike, PyTree, Schedule
 from ._window.boundary import window_of
 from ._window.state import AccumulateState, accepted
-
-__all__ = ["TrainState", "ema"]
 
 
 class TrainState(train_state.TrainState):

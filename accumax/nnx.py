@@ -13,15 +13,13 @@ from . import _tree, _value_and_grad
 from ._accumulate import accumulating, flush
 from ._batch.arguments import Places, at, check_argnums, check_places
 from ._flax import statistics as running
-from ._flax.average import ema
+from ._flax.average import ema as ema
 from ._flax.modules import Modules, check_some, momenta_of
 from ._step import Step
 from ._train_step import apply_gradients
 from ._types import ArrayLike, PyTree, Schedule
 from ._window.boundary import window_of
 from ._window.state import AccumulateState, accepted
-
-__all__ = ["Optimizer", "ema", "train_step", "value_and_grad"]
 
 
 class Optimizer(nnx.Optimizer):

@@ -30,8 +30,6 @@ from ._testing.faults import Context, diagnose
 from ._testing.update import Distance
 from ._types import PyTree
 
-__all__ = ["Coefficients", "UpdateReport", "check_update", "coefficients"]
-
 
 @dataclasses.dataclass(frozen=True)
 class Coefficients:
@@ -195,7 +193,7 @@ class UpdateReport:
         up to it are rounding), and `ratio`.
       factor: the ratio up to which a parameter is right.
       coefficients: what the gradient shows, if it could be had; else None.
-      note: why not, if there are none; and what the check cannot see.
+      note: why there are no coefficients, and which faults this check may miss.
     """
 
     distances: tuple[Distance, ...]
@@ -283,9 +281,9 @@ def check_update(
     Returns:
       An `UpdateReport`. A step may be right by this measure and have a fault that its
       optimizer hides: Adam's first update does not depend on the scale of the gradient.
-      A warning says so if twice the gradient would pass, too. Adam also turns rounding
-      into whole steps where the true gradient is 0, as for the bias of a key in
-      attention; there, a right step may fail. Check with SGD.
+      A warning says so, unless `coefficients` finds the gradient right. Adam also turns
+      rounding into whole steps where the true gradient is 0, as for the bias of a key
+      in attention; there, a right step may fail. Check with SGD.
 
     Raises:
       AssertionError: the step is wrong.
@@ -336,20 +334,23 @@ def check_update(
         )
     report = UpdateReport(distances, factor, found)
     right = found is not None and found.fault == "none"
-    if found is not None and weights is None and right != report.passed:
+    hidden = ""
+    if report.passed and not right and update.hides_scale(big, params, batch):
+        hidden = (
+            "The first update of this optimizer is nearly the same for a gradient of "
+            "twice the size, so a wrong scale or a mean of means may pass. Check with "
+            "optax.sgd(1.0), too."
+        )
+        notes.append(hidden)
+    if found is not None and weights is None and right != report.passed and not hidden:
         notes.append(
             "Update and diagnosis disagree. The diagnosis takes each row for one item: "
-            "pass weights=, the items (tokens) of each microbatch."
-        )
-    hidden = update.hides_scale(big, params, batch, distances, factor)
-    if hidden:
-        notes.append(
-            "This optimizer's first update is the same for twice the gradient, so a "
-            "wrong scale or a mean of means may pass. Check with optax.sgd(1.0), too."
+            "if microbatches have other weights (tokens), pass them as weights=. Else the "
+            "step has another optimizer."
         )
     report = dataclasses.replace(report, note="\n".join(notes))
     if not report.passed:
         raise AssertionError(f"The update is not the big batch's.\n{report}")
-    if hidden and not right:
-        warnings.warn(notes[-1], stacklevel=2)
+    if hidden:
+        warnings.warn(hidden, stacklevel=2)
     return report

@@ -42,17 +42,17 @@ def public(package: pathlib.Path = PACKAGE) -> dict[str, str]:
 
 
 def _names(path: pathlib.Path, module: str) -> dict[str, str]:
-    """Of a module: what its `__all__` names."""
-    found, exported = {}, []
+    """Of a module: what it defines, and what it imports as `x as x`."""
+    found = {}
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and node.level:
             source = f"accumax.{node.module}"
-            found |= {alias.name: f"{source}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            for alias in node.names:
+                if alias.name == alias.asname:
+                    found[alias.name] = f"{source}.{alias.name}"
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
             found[node.name] = f"{module}.{node.name}"
-        elif isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            exported = ast.literal_eval(node.value)
-    return {name: found[name] for name in exported}
+    return found
 
 
 def first_line(place: str) -> str:

@@ -36,6 +36,13 @@ def test_the_mean_keeps_the_dtype_of_the_loss():
     [
         ((LOSS, "aux"), False, False, ["scalar", "pass has_aux=True"]),
         ((LOSS, 8), False, False, ["pass weighted=True", "pass has_aux=True"]),
+        (
+            (LOSS, {"a": LOSS}),
+            False,
+            False,
+            ["'float32[]'}). If it returns (loss, aux)"],
+        ),
+        ((LOSS, (LOSS, LOSS)), False, False, ["pass has_aux=True"]),
         (((LOSS, LOSS), {}), True, False, ["pass weighted=True"]),
         (LOSS, True, False, ["(loss, aux)", "float32[]"]),
         ((LOSS, 1, 2), True, False, ["(loss, aux)"]),

@@ -655,7 +655,7 @@ def test_an_optimizer_that_hides_the_scale_is_named(inner):
     def loss(params, batch):
         return jnp.mean(batch @ params["w"])
 
-    with pytest.warns(UserWarning, match="same for twice the gradient"):
+    with pytest.warns(UserWarning, match="gradient of twice the size"):
         report = check_update(
             jax.jit(accumax.train_step(loss, tx)),
             params,
@@ -686,12 +686,12 @@ def test_a_diagnosis_without_the_tokens_of_each_microbatch_asks_for_them():
     )
     right = jax.jit(accumax.train_step(sums, tx, weighted=True))
     report = check(right, opt_state=tx.init(params))
-    assert "pass weights=" in report.note
+    assert "pass them as weights=" in report.note
     report = check(right, opt_state=tx.init(params), weights=[1, 2, 4])
     assert report.coefficients.fault == "none"
     assert report.note == ""
     wrong = jax.jit(accumax.train_step(mean, tx))
-    with pytest.raises(AssertionError, match="pass weights="):
+    with pytest.raises(AssertionError, match="pass them as weights="):
         check(wrong, opt_state=tx.init(params))
 
 

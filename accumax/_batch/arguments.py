@@ -156,8 +156,9 @@ def check_rows(batches: dict[Place, PyTree]) -> int:
             lengths[where] = np.shape(x)[0]
     if not lengths:
         raise ValueError(
-            f"The batch arguments {list(batches)} hold no arrays (a module does not "
-            "count). Let batch_argnums name those whose first axis has the rows."
+            f"The batch arguments {list(batches)} hold no arrays; a module is not a "
+            "batch. Let batch_argnums name the arguments whose arrays have the rows "
+            "along their first axis."
         )
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{n} in {where}" for where, n in lengths.items())

@@ -59,6 +59,7 @@ def at_once(
                 fun, live, sums, lambda values: has_items(values[1])
             )
             (value, weight), (aux, state) = out
+            value = jnp.where(has_items(weight), value, 0)
         else:
             taken = None if weight is None else has_items(weight)
             out, grads = add_backward(fun, live, begun.sums[0], begun.first, taken)

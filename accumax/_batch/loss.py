@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .. import _tree
 from .._devices.one import Devices
@@ -113,10 +112,10 @@ def read_loss(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
             )
         value, weight = out
         weight = check_weight(weight, "the weight from the loss function")
-    if not _is_real_scalar(value):
+    if not _is_scalar(value):
         hint = "" if has_aux else " If it returns (loss, aux), pass has_aux=True."
-        pair = isinstance(value, tuple) and len(value) == 2
-        if pair and _is_real_scalar(value[0]) and np.shape(value[1]) == ():
+        pair = isinstance(value, tuple) and len(value) == 2 and not weighted
+        if pair and _is_scalar(value[0]) and _is_scalar(value[1], jnp.number):
             hint = f" If it returns (loss_sum, weight), pass weighted=True.{hint}"
         raise TypeError(
             f"The loss must be a real floating-point scalar; the loss function "
@@ -125,10 +124,9 @@ def read_loss(out: Any, *, has_aux: bool, weighted: bool) -> Loss:
     return Loss(jnp.asarray(value), weight, aux)
 
 
-def _is_real_scalar(x: Any) -> bool:
+def _is_scalar(x: Any, kind: Any = jnp.floating) -> bool:
     dtype = _tree.dtype_of(x)
-    real = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
-    return real and jnp.shape(x) == ()
+    return dtype is not None and jnp.issubdtype(dtype, kind) and jnp.shape(x) == ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from .._types import ArrayLike, PyTree
 from .._xla.jaxprs import pruned, unchanged_leaves
 from .._xla.loops import at_most_once
 from .._xla.refs import add_backward, is_batched
-from .._xla.varying import match_varying, typed_like
+from .._xla.varying import match_varying, on_mesh_of, typed_like
 from .loss import Call, Loss, StatefulLoss, with_live
 from .outputs import check_aux_leaves, reducer
 from .split import Part, Parts
@@ -343,8 +343,8 @@ def _one_divisor(
             found = term.weight(term.whole(part), part, term.state)
             if found is None:
                 raise NotImplementedError(
-                    "The weight of one of several losses has an effect (a callback, or "
-                    "a jax.Ref from outside of the loss). The weights are computed "
+                    "The weight of one of several losses needs an effect (io_callback, "
+                    "or a jax.Ref from outside of the loss). The weights are computed "
                     "before the losses, so it would happen twice. Compute the weight "
                     "without the effect, or pass the losses one by one."
                 )
@@ -373,6 +373,7 @@ def add_carried(
     """
     value, vjp, (values, aux) = jax.vjp(fun, params, has_aux=True)
     (grads,) = vjp(jnp.ones_like(value))
+    sums = on_mesh_of(jax.typeof(value), sums)
     adds = taken(values)
     # The weight is a mask here, so the gradients are passed as sums.
     weight = jnp.where(True if adds is None else adds, 1.0, 0.0)

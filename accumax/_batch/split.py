@@ -197,11 +197,12 @@ class Split:
         if size is None:
             each = count * (self.microbatches or 1)
             if rows % each:
-                by = f"microbatches={self.microbatches} does"
+                wanted = f"microbatches={self.microbatches}"
+                do = f"{wanted} does"
                 if count > 1:
-                    by = f"{over} times {by[:-5]}, that is {each}, do"
+                    do = f"{over} times {wanted}, that is {each}, do"
                 raise ValueError(
-                    f"The batch has {rows} rows, which {by} not divide. Pass a "
+                    f"The batch has {rows} rows, which {do} not divide. Pass a "
                     f"multiple of {each} rows, or microbatch_size."
                 )
         elif size % count:

@@ -148,7 +148,7 @@ def _compile(
 
 
 def _of_jax(x: Any) -> Any:
-    """What `jax.jit` gives, where another jit, such as that of Flax NNX, wraps it."""
+    """The `Lowered` or `Compiled` of JAX in `x`, if `nnx.jit` wraps it; else `x`."""
     for name, kind in (
         ("lowered", jax.stages.Lowered),
         ("compiled", jax.stages.Compiled),
@@ -188,7 +188,7 @@ def _arguments(compiled: Any, module: hlo.Module) -> dict[int, _Argument]:
                 at += 1
         if at < len(leaves):
             path, kind = x.scope or leaves[at].path, leaves[at].kind
-            if kind == "parameters" and re.match(r"opt(imizer|_state)?\b", path):
+            if re.match(r"opt(imizer|_state)?\b", path) and kind != "accumulator":
                 kind = "optimizer state"  # in NNX the name of the argument alone tells
             found[number] = leaves[at]._replace(path=path, kind=kind, leaf=at)
         else:

@@ -11,7 +11,7 @@ COLLECTIVES = (
     "all-reduce", "reduce-scatter", "all-gather", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
-# What an optimizer computes for each parameter, and a sum of gradients does not.
+# Arithmetic on each element.
 _ARITHMETIC = {"sqrt", "rsqrt", "cbrt", "divide", "add", "subtract", "multiply"}
 
 
@@ -72,8 +72,9 @@ class Discarded(NamedTuple):
       shape: as HLO writes it.
       bytes: of the array.
       scope: the named scopes it comes from.
-      certain: whether it is the work of an optimizer: the other choice is an argument
-        as it was, a moment or a parameter. Else it may be the sum of gradients.
+      certain: whether it is the work of an optimizer: the other choice is an old moment
+        or parameter, from which the new one is computed. Else it may be a sum of
+        gradients.
     """
 
     shape: str
@@ -217,10 +218,9 @@ def discarded(module: Module, shapes: Shapes, kept: set[int]) -> list[Discarded]
     """Parameter-sized arrays that are computed, and selected by a scalar condition.
 
     Where XLA flattens a conditional, or a program says `jnp.where`, both choices are
-    computed in every call. Not meant is a choice between an array and the same array
-    times a scalar: clipping by a global norm chooses so, and needs the result. `kept`
-    are the numbers of the program's parameters that an optimizer updates: its state and
-    the model's parameters.
+    computed in every call. A choice between an array and the same array times a scalar
+    is left out: clipping by the global norm needs it. `kept` are the numbers of what an
+    optimizer updates among the program's parameters: its state and those of the model.
     """
     reached = _Reached(module)
     found = []
@@ -251,7 +251,7 @@ def _is_scalar(computation: Computation, name: str) -> bool:
 
 
 def _scales(computation: Computation, scaled: str, name: str) -> bool:
-    """Whether the one is the other, multiplied and divided by scalars."""
+    """Whether `scaled` is `name`, times scalars or over scalars."""
     x = computation.source(scaled)
     while x.op in ("multiply", "divide"):
         one, other = x.operands
@@ -284,8 +284,9 @@ class _Reached:
             names = x.called("calls", "body")
             names += x.called("to_apply") if x.op == "call" else []
             for name in names:
-                self.callers[name] = computation, x
-                self._collect(self.module.computations[name])
+                if name not in self.callers:
+                    self.callers[name] = computation, x
+                    self._collect(self.module.computations[name])
 
     def origin(self, computation: Computation, name: str) -> int | None:
         """The number of the program's parameter that a value is; None if computed.
@@ -317,20 +318,24 @@ class _Reached:
         """
         stack, seen = [name], set()
         while stack:
-            x = computation.by_name.get(stack.pop())
+            x, part = computation.by_name.get(stack.pop()), None
             if x is None or x.name in seen or not any(a.shape for a in arrays(x.type)):
                 continue  # nothing for each element
             seen.add(x.name)
+            if x.op == "get-tuple-element":  # of a fusion with several results
+                x, part = computation.by_name[x.operands[0]], x.number("index") or 0
             caller, call = self.callers.get(computation.name, (computation, x))
             if x.op == "parameter" and depth < 2 and call.op in ("fusion", "call"):
                 operand = call.operands[int(x.inside)]
                 yield from self.before(caller, operand, depth + 1)
-            elif x.op == "fusion":
-                if depth < 2:
-                    (inner,) = x.called("calls")
-                    inside = self.module.computations[inner]
-                    yield from ((inside, i) for i in inside.instructions)
+            elif x.op == "fusion" and depth < 2:
+                (name,) = x.called("calls")
+                inside = self.module.computations[name]
+                made = inside.root
+                if part is not None and made.op == "tuple":
+                    made = inside.by_name[made.operands[part]]
+                yield from self.before(inside, made.name, depth + 1)
             else:
                 yield computation, x
-                if x.op not in ("while", "conditional", "dot", "convolution"):
+                if x.op not in ("while", "conditional", "dot", "convolution", "fusion"):
                     stack += x.operands

@@ -47,7 +47,7 @@ class Places:
     """Numbers the buffers and unites those that are in the same memory.
 
     Attributes:
-      found: the buffer of each number. That of a `root` stands for all united with it.
+      found: the buffer of each number. A root's stands for all that are united with it.
     """
 
     def __init__(self) -> None:

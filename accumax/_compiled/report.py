@@ -282,15 +282,10 @@ def _of_copies(report: Audit) -> Iterator[str]:
         return
     names = sorted({x.path for x in found if x.path})
     of = f", among them of {', '.join(names[:3])}" if names else ""
-    ordered = report.donated and not (report.crossed or report.not_reused)
     yield (
         f"{len(found)} copies of buffers as large as parameters, {readable(total)} a "
-        f"call{of}. "
-        + (
-            "The arguments are donated and in order, so it is XLA that copies."
-            if ordered
-            else "Donate the arguments, and keep their order in the result."
-        )
+        f"call{of}. Donate the arguments, and keep their order in the result. A copy of "
+        "what is donated and in order is XLA's own."
     )
 
 

@@ -234,33 +234,36 @@ def read_gradient(
     return Gradient(moved, tolerance)
 
 
-def hides_scale(
-    big: Reference,
-    params: PyTree,
-    batch: PyTree,
-    distances: tuple[Distance, ...],
-    factor: float,
-) -> bool:
-    """Whether a gradient that is twice as long would pass as well.
+def hides_scale(big: Reference, params: PyTree, batch: PyTree) -> bool:
+    """Whether the first update for a gradient of twice the size is nearly the same.
 
-    It would if the first update does not depend on the scale, as that of Adam, or is
-    clipped. A sum for a mean, or a mean of means, may then pass too.
+    So it is for Adam, and for a gradient that is clipped. A sum for a mean would pass,
+    and perhaps a mean of means.
     """
     if big.gradient is None or big.optimizer is None:
         return False
     live, grads = differentiable(params), big.gradient(params, batch)
-    each = {}
-    for scale in (1, 2):
-        scaled = jax.tree.map(lambda g, scale=scale: scale * g, grads)
-        try:
-            updates, _ = big.optimizer.update(scaled, big.optimizer.init(live), live)
-        except (TypeError, ValueError):  # an optimizer with arguments of its own
-            return False
-        each[scale] = by_path(optax.apply_updates(live, updates))
-    bounds = {x.path: factor * max(x.big_batch, x.floor) for x in distances}
-    return all(
-        _far(x, numbers(each[1][path])) <= bounds[path] for path, x in each[2].items()
-    )
+    twice = jax.tree.map(lambda g: 2 * g, grads)
+    pair = [_first_update(big.optimizer, g, live) for g in (grads, twice)]
+    if any(updates is None for updates in pair):
+        return False
+    once, again = (np.concatenate(_flat(updates)) for updates in pair)
+    moved = np.linalg.norm(once)
+    return bool(moved > 0 and np.linalg.norm(again - once) < 0.1 * moved)
+
+
+def _flat(tree: PyTree) -> list[np.ndarray]:
+    return [np.zeros(0), *(numbers(x) for x in by_path(tree).values())]
+
+
+def _first_update(
+    optimizer: optax.GradientTransformation, grads: PyTree, params: PyTree
+) -> PyTree | None:
+    """None for an optimizer with arguments of its own."""
+    try:
+        return optimizer.update(grads, optimizer.init(params), params)[0]
+    except (TypeError, ValueError):
+        return None
 
 
 def _pairs(params: PyTree, grads: PyTree) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -284,9 +287,8 @@ def _rate(
     ones = jax.tree.map(jnp.ones_like, grads)
     longer = jax.tree.map(lambda g: 1000 * g, grads)
     for probe in (grads, ones, longer):
-        try:
-            updates, _ = optimizer.update(probe, optimizer.init(live), live)
-        except (TypeError, ValueError):  # an optimizer with arguments of its own
+        updates = _first_update(optimizer, probe, live)
+        if updates is None:
             return None
         for path, g in by_path(probe).items():
             u, g = numbers(by_path(updates)[path]), numbers(g)

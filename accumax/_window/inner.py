@@ -233,10 +233,14 @@ def _is_masked(state: Any) -> bool:
 def inner_of(tx: optax.GradientTransformation) -> Inner:
     """Returns `tx` with the extra arguments that its signature names."""
     wrapped = optax.with_extra_args_support(tx)
+
+    def init(params: PyTree) -> Any:
+        return _tree.unshare(wrapped.init(params), params)
+
     if not isinstance(tx, optax.GradientTransformationExtraArgs):
-        return Inner(wrapped.init, wrapped.update, frozenset(), False)
+        return Inner(init, wrapped.update, frozenset(), False)
     found = list(inspect.signature(tx.update).parameters.values())
     variadic = inspect.Parameter.VAR_KEYWORD
     names = frozenset(p.name for p in found[3:] if p.kind != variadic)
     takes_any = any(p.kind == variadic for p in found)
-    return Inner(wrapped.init, wrapped.update, names, takes_any)
+    return Inner(init, wrapped.update, names, takes_any)

@@ -38,7 +38,7 @@ class Window:
         return AccumulateState(
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=jnp.zeros((), jnp.int32),
-            inner_opt_state=_tree.own(inner_state, params),
+            inner_opt_state=jax.tree.map(_tree.strong, inner_state),
             acc_grads=self.devices.init(
                 lambda grads: self.accumulator.init(grads).grads, grads
             ),

@@ -132,31 +132,47 @@ def pruned(fun: Callable[..., Any], *args: Any) -> Any:
     XLA drops them as well. Here they are not lowered, and no effect happens twice.
 
     Returns:
-      The result; None if it needs an effect, such as that of a callback or on a
-      `jax.Ref` from outside. Refs that `fun` makes are its own.
+      The result. None if it needs an effect, or a call or a loop that has one: of a
+      callback that has effects, or on a `jax.Ref` that `fun` did not make.
     """
     program, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
-    needed, kept = set(filter(is_variable, program.jaxpr.outvars)), []
-    for eqn in reversed(program.jaxpr.eqns):
-        read = set(filter(is_variable, eqn.invars))
-        refs = set(filter(_is_ref, read))  # also what writes into a ref that is read
-        if not needed.isdisjoint({*eqn.outvars, *refs}):
-            needed |= read
-            kept.append(eqn)
-    given = {*program.jaxpr.invars, *program.jaxpr.constvars}
-    for eqn in kept:
-        if any(_is_ref(x) and x in given for x in eqn.invars if is_variable(x)):
-            return None
-        if not all(isinstance(e, _effects_on_refs()) for e in eqn.effects):
-            return None
-    jaxpr = program.jaxpr.replace(eqns=kept[::-1])
-    out = jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts))(*jax.tree.leaves(args))
+    leaves = jax.tree.leaves(args)
+    eqns = _needed_without_effects(program.jaxpr)
+    if eqns is None and not any(_is_on_refs(x) for x in program.effects):
+        # One equation is the whole of a loss under `jax.jit`, which may print.
+        program = jax.make_jaxpr(lambda *leaves: inlined(program, leaves))(*leaves)
+        eqns = _needed_without_effects(program.jaxpr)
+    if eqns is None:
+        return None
+    jaxpr = program.jaxpr.replace(eqns=eqns)
+    out = jaxpr_as_fun(ClosedJaxpr(jaxpr, program.consts))(*leaves)
     return jax.tree.structure(shapes).unflatten(out)
+
+
+def _needed_without_effects(jaxpr: Any) -> list[Any] | None:
+    """The equations that the results need; None if one has an effect outside."""
+    needed, kept = set(filter(is_variable, jaxpr.outvars)), []
+    given = {*jaxpr.invars, *jaxpr.constvars}
+    for eqn in reversed(jaxpr.eqns):
+        read = set(filter(is_variable, eqn.invars))
+        refs = set(filter(_is_ref, read))
+        # An equation that writes to a ref stays if the ref is read later.
+        if needed.isdisjoint({*eqn.outvars, *refs}):
+            continue
+        if refs & given or not all(map(_is_on_refs, eqn.effects)):
+            return None
+        needed |= read
+        kept.append(eqn)
+    return kept[::-1]
+
+
+def _is_on_refs(effect: Any) -> bool:
+    return isinstance(effect, _effects_on_refs())
 
 
 @functools.cache
 def _effects_on_refs() -> tuple[type, ...]:
-    """The types of the effects that a jaxpr has on refs, for which JAX has no name."""
+    """The types of effects on refs; JAX exports no name for them."""
 
     def uses() -> jax.Array:
         ref = jax.new_ref(0.0)
