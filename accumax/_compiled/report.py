@@ -284,8 +284,8 @@ def _of_copies(report: Audit) -> Iterator[str]:
     of = f", among them of {', '.join(names[:3])}" if names else ""
     yield (
         f"{len(found)} copies of buffers as large as parameters, {readable(total)} a "
-        f"call{of}. Donate the arguments, and keep their order in the result. A copy of "
-        "what is donated and in order is XLA's own."
+        f"call{of}. Donate the arguments, and keep their order in the result. Others "
+        "are XLA's own."
     )
 
 
