@@ -344,9 +344,9 @@ def check_update(
         notes.append(hidden)
     if found is not None and weights is None and right != report.passed and not hidden:
         notes.append(
-            "Update and diagnosis disagree. The diagnosis takes each row for one item: "
-            "if microbatches have other weights, such as tokens, pass them as weights=; "
-            "else the step has another optimizer."
+            "Update and diagnosis disagree. The diagnosis takes each row for one item. "
+            "Where microbatches have other weights (tokens), pass them as weights=. "
+            "Else the step has another optimizer."
         )
     report = dataclasses.replace(report, note="\n".join(notes))
     if not report.passed:
