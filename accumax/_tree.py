@@ -18,6 +18,8 @@ import optax
 
 from ._types import ArrayLike, PyTree
 
+OVERWRITTEN = "_overwrite_with_gradient"  # Flax's name for the scales of fp8
+
 
 class Unused(optax.MaskedNode):
     """Stands in a state for the sum of a gradient that the optimizer does not use.
@@ -195,7 +197,8 @@ def check_parameters(name: str, tree: PyTree) -> None:
     """Checks that `tree` is a tree of arrays, known or traced.
 
     Raises:
-      TypeError: `tree` is not a tree of arrays, or is a tree of shapes.
+      TypeError: `tree` is not a tree of arrays, is a tree of shapes, or has values that
+        are no parameters.
     """
     if jax.tree_util.all_leaves([tree]) and tree is not None and dtype_of(tree) is None:
         raise TypeError(
@@ -207,6 +210,12 @@ def check_parameters(name: str, tree: PyTree) -> None:
             raise TypeError(
                 f"{name}{jax.tree_util.keystr(path)} is a ShapeDtypeStruct, which has "
                 "no values. For the shapes of a state: jax.eval_shape(tx.init, params)."
+            )
+        if any(getattr(key, "key", None) == OVERWRITTEN for key in path):
+            raise TypeError(
+                f"{name} has {OVERWRITTEN!r}: Flax's fp8 scales, whose gradients are "
+                "new values and not to be added up. Pass the other collection, "
+                '["params"], or use accumax.linen.TrainState.apply_gradients.'
             )
 
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -323,6 +324,8 @@ def check_update(
     read = update.read_gradient(big, gradient, params, after, state, batch)
     if isinstance(read, str) or big.gradient is None:
         notes.append(str(read))
+    elif sum(map(np.size, jax.tree.leaves(read.gradient))) < len(microbatches):
+        notes.append("There is no diagnosis: fewer numbers than microbatches.")
     else:
         found = coefficients(
             read.gradient,

@@ -751,3 +751,24 @@ def test_parameters_on_no_mesh_learn_from_rows_on_an_explicit_one(
         params, state, _ = step(params, state, rows)
     got = jax.tree.map(lambda p, q: p - q, begun, params)
     assert distance(got, jax.grad(mean)(begun, x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kinds", "axis"),
+    [("ae", "data"), ("ae", ("data", "model")), ("ea", ("data", "model"))],
+)
+def test_an_automatic_reduce_axis_beside_an_explicit_axis_is_an_error(kinds, axis):
+    types = {"a": AxisType.Auto, "e": AxisType.Explicit}
+    mesh = jax.make_mesh((2, 2), ("data", "model"), tuple(types[k] for k in kinds))
+    grad_fn = accumax.grad(
+        lambda w, x: jnp.mean(x @ w), microbatches=2, reduce_axis=axis
+    )
+    with jax.set_mesh(mesh):
+        with pytest.raises(ValueError, match=r"reduce_axis=.*explicit axes .*Auto"):
+            jax.jit(grad_fn)(jnp.ones(3), jnp.ones((8, 3)))
+        if kinds == "ea":  # the explicit one alone
+            grad_fn = accumax.grad(
+                lambda w, x: jnp.mean(x @ w), microbatches=2, reduce_axis="data"
+            )
+            x = jax.device_put(jnp.ones((8, 3)), NamedSharding(mesh, P("data")))
+            assert jnp.allclose(jax.jit(grad_fn)(jnp.ones(3), x), 1)

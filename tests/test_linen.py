@@ -622,3 +622,26 @@ def test_gradients_without_new_values_keep_those_that_are():
     state = state.apply_gradients(grads={"w": jnp.ones(2)})
     assert jax.tree.structure(state.params) == jax.tree.structure(params)
     assert (state.params[scales]["s"] == 1).all()
+
+
+def test_a_frozen_field_stays_frozen():
+    class State(accumax.linen.TrainState):
+        memo: object
+
+    frozen = flax.core.freeze({"n": jnp.zeros(())})
+    state = State.create(
+        apply_fn=None,
+        params={"w": jnp.ones(2)},
+        tx=optax.sgd(1.0),
+        every=2,
+        memo=frozen,
+    )
+
+    def loss(params, x, memo):
+        return jnp.mean(x @ params["w"]), {"memo": {"n": memo["n"] + 1}}
+
+    for options, count in (({}, 1), ({"microbatches": 2}, 2)):
+        step = jax.jit(State.train_step(loss, mutable=("memo",), **options))
+        new, _ = step(state, jnp.ones((4, 2)))
+        assert isinstance(new.memo, flax.core.FrozenDict)
+        assert new.memo["n"] == count

@@ -781,3 +781,60 @@ def test_bad_arguments_of_check_update_are_errors(change, error, match):
     }
     with pytest.raises(error, match=match):
         check_update(**arguments)
+
+
+def test_a_step_with_fewer_numbers_than_microbatches_passes_without_a_diagnosis():
+    params, tx = {"s": jnp.float32(2)}, accumax.accumulate(SGD, 4)
+
+    def loss(params, x):
+        return jnp.mean((x * params["s"] - 1) ** 2)
+
+    report = check_update(
+        jax.jit(accumax.train_step(loss, tx)),
+        params,
+        tx.init(params),
+        jnp.split(jnp.arange(8.0) / 8, 4),
+        reference=(loss, SGD),
+    )
+    assert report.passed
+    assert report.coefficients is None
+    assert "fewer numbers than microbatches" in report.note
+
+
+def test_an_equinox_module_and_a_batch_with_a_scalar_can_be_checked():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(3, 1, 4, 1, key=jax.random.key(0))
+    parts = [{"c": jnp.float32(1), "x": x} for x in jnp.split(jnp.ones((8, 3)), 2)]
+
+    def loss(model, batch):
+        return batch["c"] * jnp.mean(jax.vmap(model)(batch["x"]) ** 2)
+
+    def join(parts):
+        return {"c": parts[0]["c"], "x": jnp.concatenate([p["x"] for p in parts])}
+
+    tx = accumax.accumulate(SGD, 2)
+    report = check_update(
+        eqx.filter_jit(accumax.train_step(loss, tx)),
+        model,
+        tx.init(model),
+        parts,
+        reference=(loss, SGD),
+        join=join,
+    )
+    assert report.passed
+    assert report.coefficients.fault == "none"
+
+
+@pytest.mark.parametrize("out", [None, (1, 2, 3)])
+def test_a_call_that_returns_no_pair_is_named(out):
+    with pytest.raises(
+        TypeError, match=r"call returned .* expected \(params, opt_state\)"
+    ):
+        check_update(
+            by_optax(SGD),
+            init(),
+            SGD.init(init()),
+            window_of(SIZES),
+            reference=(loss_fn, SGD),
+            call=lambda *args: out,
+        )

@@ -837,3 +837,15 @@ def test_without_a_loop_there_is_still_one_microbatch_at_a_time():
     assert unrolled < 0.4 * whole
     assert scanned < 0.4 * whole
     assert distance(programs[2](w, x), programs[0](w, x)) < 1e-6
+
+
+def test_the_scales_of_fp8_are_not_averaged():
+    params = {"params": {"w": jnp.ones(3)}, "_overwrite_with_gradient": jnp.ones(16)}
+
+    def loss(variables, x):
+        return jnp.mean(x @ variables["params"]["w"])
+
+    with pytest.raises(TypeError, match=r"_overwrite_with_gradient.*apply_gradients"):
+        accumax.grad(loss, microbatches=2)(params, jnp.ones((4, 3)))
+    with pytest.raises(TypeError, match="_overwrite_with_gradient"):
+        accumax.accumulate(optax.sgd(0.1), 2).init(params)

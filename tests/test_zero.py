@@ -412,3 +412,12 @@ def test_what_cannot_be_divided_is_an_error():
         accumax.DataParallel("data", gather_dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match="no axis 'rows'"):
         accumax.DataParallel("rows", shard_optimizer=True, mesh=mesh_of())
+
+
+def test_parameters_that_are_divided_over_the_axis_are_refused_by_name():
+    with jax.set_mesh(mesh_of()):
+        params = {"w": put(jnp.ones((8, 4)), P("data"))}
+        zero = accumax.DataParallel("data", shard_optimizer=True)
+        tx = accumax.accumulate(optax.adam(1e-2), 2, reduce_axis=zero)
+        with pytest.raises(ValueError, match=r"params\['w'\] is sharded by .*FSDP"):
+            tx.init(params)

@@ -76,7 +76,7 @@ class Axes:
         """The mesh.
 
         Raises:
-          ValueError: there is no mesh, or it lacks an axis.
+          ValueError: there is no mesh, it lacks an axis, or has axes of two kinds.
         """
         ambient = jax.sharding.get_abstract_mesh()
         mesh = ambient if self.mesh is None or ambient.manual_axes else self.mesh
@@ -91,6 +91,14 @@ class Axes:
                     f"reduce_axis={self.names}, but the mesh has no axis {name!r}: its "
                     f"axes are {dict(mesh.shape)}."
                 )
+        explicit = explicit_axes(mesh)
+        typed = {*explicit, *getattr(mesh, "manual_axes", ())}
+        if explicit and not typed >= {*self.names}:
+            raise ValueError(
+                f"reduce_axis={self.names} has an automatic axis, and the mesh has the "
+                f"explicit axes {explicit}: JAX does not reshard over both kinds. Make "
+                "all axes AxisType.Auto, or those of reduce_axis explicit."
+            )
         return mesh
 
     def map(self, fun: Callable[..., Any], args: tuple, specs: tuple, out: Any) -> Any:

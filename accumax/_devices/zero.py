@@ -75,6 +75,7 @@ class Zero1(PerDevice):
 
     def init_optimizer(self, init: Callable[[PyTree], T], params: PyTree) -> T:
         self._check_outside()
+        self.axes.check_whole("params", params)
         alike = _specs_of_state(init, params)
 
         def divided(params: PyTree) -> T:

@@ -53,7 +53,7 @@ class Fields:
             form = self.has_aux or bool(self.mutable)
             loss = read_loss(out, has_aux=form, weighted=self.weighted)
             new, aux = self._split(loss.aux)
-            others = {name: new[name] for name in others}
+            others = {name: frozen_as(new[name], old) for name, old in others.items()}
             moved = frozen_as(new[STATISTICS], statistics) if pooled else {}
             return loss._replace(aux=aux), moved, (others, i + 1)
 

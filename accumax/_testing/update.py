@@ -87,14 +87,20 @@ def reference_of(reference: Any) -> Reference:
         value, grads = jax.value_and_grad(loss)(live)
         return grads, {"value": value, "grad": grads, "value_fn": loss}
 
-    @jax.jit
     def step(params: PyTree, batch: PyTree) -> PyTree:
-        grads, extra = gradient(params, batch)
-        live = differentiable(params)
-        updates, _ = tx.update(grads, tx.init(live), live, **extra)
-        return restore(optax.apply_updates(live, updates), params)
+        @jax.jit
+        def of_arrays(live: PyTree, batch: PyTree) -> PyTree:
+            grads, extra = gradient(restore(live, params), batch)
+            updates, _ = tx.update(grads, tx.init(live), live, **extra)
+            return optax.apply_updates(live, updates)
 
-    alone = jax.jit(lambda params, batch: gradient(params, batch)[0])
+        return restore(of_arrays(differentiable(params), batch), params)
+
+    def alone(params: PyTree, batch: PyTree) -> PyTree:
+        # `params` may have static leaves, as an Equinox module has.
+        of_arrays = jax.jit(lambda live: gradient(restore(live, params), batch)[0])
+        return of_arrays(differentiable(params))
+
     return Reference(step, alone, optimizer)
 
 
@@ -132,7 +138,13 @@ def join(microbatches: Sequence[PyTree]) -> PyTree:
 
 
 def rows(microbatches: Sequence[PyTree]) -> list[int]:
-    return [np.shape(jax.tree.leaves(x)[0])[0] for x in microbatches]
+    """The length of the first axis that a microbatch has; 1 if it has none."""
+
+    def count(microbatch: PyTree) -> int:
+        shapes = map(np.shape, jax.tree.leaves(microbatch))
+        return next((shape[0] for shape in shapes if shape), 1)
+
+    return list(map(count, microbatches))
 
 
 def window(
@@ -147,7 +159,12 @@ def window(
         lambda x: x.copy() if isinstance(x, jax.Array) else x, (params, opt_state)
     )
     for microbatch in calls:
-        params, opt_state = adapter(step, params, opt_state, microbatch)
+        out = adapter(step, params, opt_state, microbatch)
+        if not isinstance(out, tuple) or len(out) != 2:
+            raise TypeError(
+                f"call returned a {type(out).__name__}; expected (params, opt_state)."
+            )
+        params, opt_state = out
     return params, opt_state
 
 
@@ -211,6 +228,8 @@ def read_gradient(
     if gradient is not None:
         return Gradient(gradient(params, after, opt_state), 1e-4)
     grads = big.gradient(params, batch)
+    if not all(np.all(np.isfinite(numbers(g))) for g in by_path(grads).values()):
+        return "There is no diagnosis: the big batch's gradient is not finite."
     rate = _rate(big.optimizer, params, grads)
     if rate is None:
         return "For a diagnosis, pass gradient=: the optimizer is not plain SGD."
