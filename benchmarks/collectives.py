@@ -154,6 +154,18 @@ PLACES: Any = ("loop",), ("boundary", "branch"), ("outside",)
 MATRICES = 16, 1024, 256  # and the rows of a microbatch, on each device
 
 
+def one_call(model: Model) -> Case:
+    """EVERY microbatches in one call, on one device."""
+    gradient = accumax.value_and_grad(model.loss, microbatch_size=model.rows)
+    return Case(forms.whole(forms.applied(ADAMW), gradient))
+
+
+def one_window(model: Model) -> Case:
+    """A window of EVERY calls, on one device."""
+    tx = accumax.accumulate(ADAMW, EVERY)
+    return Case(Form(accumax.train_step(model.loss, tx), tx.init), EVERY)
+
+
 def within_a_call(model: Model, mesh: Mesh) -> dict[str, Case]:
     """EVERY microbatches in one call, which is the window."""
     loss, whole = model.loss, model.rows * mesh.size
@@ -380,18 +392,16 @@ def setting(description: str | None, argv: list[str] | None) -> tuple[str, Model
 def main(argv: list[str] | None = None) -> None:
     _, model, on = setting(__doc__, argv)
     mesh, alone = (Mesh(np.array(d), (AXIS,)) for d in (on, on[:1]))
-    loss, what = model.loss, f"a transformer of {model.megabytes:.0f} MB"
+    what = f"a transformer of {model.megabytes:.0f} MB"
     calls = f"a window of {EVERY} calls"
     parts = f"{EVERY} microbatches in one call"
 
-    gradient = accumax.value_and_grad(loss, microbatch_size=model.rows)
-    one = {ONE: Case(forms.whole(forms.applied(ADAMW), gradient))}
-    within = every(within_a_call(model, mesh), model, mesh) | every(one, model, alone)
+    within = every(within_a_call(model, mesh), model, mesh)
+    within[ONE] = compiled(one_call(model), model, alone)
     print_window(f"{what}, {parts}", within, ONE)
 
-    tx = accumax.accumulate(ADAMW, EVERY)
-    one = {ONE: Case(Form(accumax.train_step(loss, tx), tx.init), EVERY)}
-    across = every(across_calls(model, mesh), model, mesh) | every(one, model, alone)
+    across = every(across_calls(model, mesh), model, mesh)
+    across[ONE] = compiled(one_window(model), model, alone)
     print_window(f"The same, {calls}", across, ONE)
 
     limits, (count, width, rows) = bars(within) + bars(across), MATRICES

@@ -151,6 +151,30 @@ def microseconds(
     return least
 
 
+def tables(leaves: int, calls: int) -> dict[str, dict[str, tuple[float, float]]]:
+    """By devices and step: microseconds of a call, and those over the plain step's."""
+    on, found = devices.devices("cpu"), {}
+    for count in (1, len(on)):
+        mesh = Mesh(on[:count], (AXIS,))
+        x = jax.device_put(jnp.ones((count, 8)), NamedSharding(mesh, P(AXIS)))
+        steps = functional(leaves, mesh)
+        found[f"{count} of 8 devices"] = microseconds(steps, x, calls)
+    steps = of_flax(leaves)
+    found["Flax, one device"] = microseconds(steps, jnp.ones((1, 8)), calls)
+    return {title: over_plain(times) for title, times in found.items()}
+
+
+def over_plain(times: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """Each with its ratio to the plain step of its kind."""
+    base = next(iter(times))
+
+    def ratio(name: str) -> float:
+        kind = name.split(":")[0].replace("jax.jit, split", "nnx.jit")
+        return times[name] / times.get(f"{kind}: plain", times[base])
+
+    return {name: (t, ratio(name)) for name, t in times.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,26 +182,12 @@ def main() -> None:
     parser.add_argument("--leaves", type=int, default=1000)
     parser.add_argument("--calls", type=int, default=30)
     args = parser.parse_args()
-    on = devices.devices("cpu")
     report.header("accumax on the host", report.host())
-    tables: dict[str, tuple[Any, jax.Array]] = {}
-    for count in (1, len(on)):
-        mesh = Mesh(on[:count], (AXIS,))
-        x = jax.device_put(jnp.ones((count, 8)), NamedSharding(mesh, P(AXIS)))
-        tables[f"{count} of 8 devices"] = functional(args.leaves, mesh), x
-    tables["Flax, one device"] = of_flax(args.leaves), jnp.ones((1, 8))
-    for title, (steps, x) in tables.items():
-        found = microseconds(steps, x, args.calls)
-        base = next(iter(found))
-
-        def over(name: str, found: dict[str, float] = found, base: str = base) -> float:
-            kind = name.split(":")[0].replace("jax.jit, split", "nnx.jit")
-            return found[name] / found.get(f"{kind}: plain", found[base])
-
+    for title, found in tables(args.leaves, args.calls).items():
         report.table(
             f"{args.leaves} leaves, {title}",
             ["", "microseconds", "over plain"],
-            [[name, f"{t:.0f}", f"{over(name):.2f}"] for name, t in found.items()],
+            [[name, f"{t:.0f}", f"{over:.2f}"] for name, (t, over) in found.items()],
         )
 
 

@@ -27,6 +27,19 @@ TITLES = {
     "grows/devices_sent": "What a device sends in a window, by devices",
 }
 TITLES |= {
+    "devices/over_one": "A transformer of 671 MB on eight devices, over one device",
+    "devices/over_none": "The same, over the plain step on eight devices",
+    "devices/one": "One device, in the parameters' size",
+    "devices/memory": "Memory of a device, in the parameters' size",
+    "devices/reduced": "How often its gradients are reduced in a window",
+    "devices/gathered": "How often its parameters are gathered in a window",
+    "devices/sent": "What each of the eight devices sends in a window",
+    "scaling": "More devices, on paper: `benchmarks/scaling.py`",
+    "maxtext_5039": "MaxText issue 5039: `benchmarks/maxtext_5039.py`",
+    "wire": "Half precision on the wire: `benchmarks/wire.py`",
+    "pictures/mib": "The transformer of `docs/memory.md`, in MiB",
+    "pictures/parameters": "The same, in the parameters' size",
+    "pictures/over_plain": "The same, over the plain step",
     "logits": "A fused linear cross entropy: `benchmarks/logits.py`",
     "half_sums": "Error of a mean of bfloat16 gradients, by microbatches and sum",
     "offload": "The optimizer's state on the host: `benchmarks/offload.py`",
@@ -37,7 +50,8 @@ TITLES |= {
     "optax_notebook/time": "Optax's notebook, time over the manual way",
 }
 MARK = "¹"
-DIVIDED = "grows", "gradcache", "optax_notebook"  # the parts have units of their own
+# Their parts have units of their own.
+DIVIDED = "grows", "gradcache", "optax_notebook", "devices", "pictures"
 
 
 def text(rows: Sequence[Row], facts: dict[str, Any]) -> str:

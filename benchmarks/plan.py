@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import models
 import transformer
 from devices import CHIPS, Device, device
+from programs import peak
 
 import accumax
 
@@ -78,12 +79,6 @@ def compiler(model: Model, on: Device) -> Callable[[int], jax.stages.Compiled]:
         return jax.jit(step, donate_argnums=(0, 1)).lower(*args).compile()
 
     return compiled
-
-
-def peak(compiled: jax.stages.Compiled) -> int:
-    memory: Any = compiled.memory_analysis()
-    fixed = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return fixed - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def true_largest(fits: Callable[[int], bool], at: int, most: int) -> int:

@@ -38,6 +38,20 @@ HASTE = {
 LEAST = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
+def lowered(
+    form: forms.Form, params: Any, state: Any, x: Any, on: Device
+) -> jax.stages.Lowered:
+    """The program of a step whose arguments are on one device."""
+    sharding = jax.sharding.SingleDeviceSharding(on)
+
+    def place(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree
+        )
+
+    return forms.jitted(form).lower(place(params), place(state), place(x))
+
+
 def compiled(
     form: forms.Form,
     params: Any,
@@ -54,19 +68,11 @@ def compiled(
     options: Any = None
     if on.platform == "cpu":
         options = (HASTE if haste else {}) | (LEAST if least else {})
-    sharding = jax.sharding.SingleDeviceSharding(on)
-
-    def place(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), tree
-        )
-
     state = jax.eval_shape(form.init, params)
     jax.clear_caches()  # else a form would profit from what another one has traced
     gc.collect()
     start, work = time.perf_counter(), time.process_time()
-    lowered = forms.jitted(form).lower(place(params), place(state), place(x))
-    step = lowered.compile(compiler_options=options)
+    step = lowered(form, params, state, x, on).compile(compiler_options=options)
     seconds, work = time.perf_counter() - start, time.process_time() - work
     memory: Any = step.memory_analysis()
     unit = bytes_of(params)
@@ -78,6 +84,13 @@ def compiled(
         seconds,
         work,
     )
+
+
+def peak(compiled: jax.stages.Compiled) -> int:
+    """Bytes of the arguments, results and temporary memory of a device."""
+    memory: Any = compiled.memory_analysis()
+    fixed = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return fixed - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def bytes_of(tree: Any) -> int:

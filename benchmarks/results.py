@@ -12,6 +12,8 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
+# Modules of the package that no row runs.
+INSTRUMENTS = "_compiled", "_testing", "audit", "plan", "testing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +78,14 @@ def stale(folder: pathlib.Path = FOLDER) -> list[str]:
 
 
 def fingerprint(package: pathlib.Path = ROOT / "accumax") -> str:
-    """Returns a hash of the package's code, without comments, docstrings and blanks.
+    """Returns a hash of the code that rows measure, without comments and docstrings.
 
     It is the same for all versions of Python.
     """
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).with_suffix("").parts[0] in INSTRUMENTS:
+            continue
         digest.update(path.relative_to(package).as_posix().encode() + b"\n")
         digest.update(_code(path.read_text()).encode())
     return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -39,6 +40,7 @@ import offload
 import optax
 import optax_notebook
 import page
+import pictured
 import pictures
 import report
 import results
@@ -144,20 +146,33 @@ def compiled_jobs(on: devices.Device, target: str, scale: Scale) -> list[Job]:
             "adama": lambda: adama.rows(on, target),
             "optax_notebook/memory": lambda: optax_notebook.memory(on, target),
             "gradcache/memory": lambda: info_nce.memory(width, on, target),
+            "pictures": lambda: pictured.rows(on, target),
         }
         if target == "tpu":
             claims["offload"] = lambda: offload.rows(on, target)
         jobs += [Job((name,), rows) for name, rows in claims.items()]
 
-    def many() -> list[Row]:
+    def many(part: str) -> list[Row]:
         counts = "8" if target == "tpu" else scale.devices  # its topology has 8
-        command = [sys.executable, str(HERE / "reductions.py"), target]
-        command += ["--counts", counts]
-        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, str(HERE / "many_devices.py"), target]
+        command += ["--counts", counts, "--parts", part]
+        # This process has the library for TPUs loaded, too.
+        env = os.environ | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        pipe = subprocess.PIPE
+        out = subprocess.run(command, check=True, stdout=pipe, text=True, env=env)
         return [Row(**json.loads(line)) for line in out.stdout.splitlines()]
 
     if on.platform == "cpu" or on not in jax.devices():
-        jobs.append(Job(("reductions", "grows/devices"), many))
+        parts = {"grows": ("reductions", "grows/devices")}
+        if scale.width == 1 and not scale.models:
+            parts |= {
+                "devices": ("devices", "scaling"),
+                "maxtext_5039": ("maxtext_5039",),
+            }
+        if scale.width == 1 and target == "cpu":
+            parts |= {"wire": ("wire",), "dispatch": ("dispatch",)}
+        for part, names in parts.items():
+            jobs.append(Job(names, functools.partial(many, part)))
     return jobs
 
 

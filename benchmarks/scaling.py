@@ -40,10 +40,12 @@ class Links(NamedTuple):
     """What connects the devices of a cluster; bytes a second that a device can send.
 
     Attributes:
+      what: what they are.
       island: the devices that the fast links connect.
       fast, slow: within an island, and from one to another.
     """
 
+    what: str
     island: int
     fast: float
     slow: float
@@ -67,23 +69,25 @@ class Chip(NamedTuple):
     links: dict[str, Links]
 
 
+NVLINK = "NVLink 450 GB/s, between nodes of 8"
 PAPER = {
     "gpu": Chip(
         989e12,
         {
-            "NVLink 450 GB/s, between nodes of 8 InfiniBand 50 GB/s a GPU": Links(
-                8, 450e9, 50e9
-            ),
-            "NVLink 450 GB/s, between nodes of 8 Ethernet 12.5 GB/s a node": Links(
-                8, 450e9, 12.5e9 / 8
+            "infiniband": Links(f"{NVLINK} InfiniBand 50 GB/s a GPU", 8, 450e9, 50e9),
+            "ethernet": Links(
+                f"{NVLINK} Ethernet 12.5 GB/s a node", 8, 450e9, 12.5e9 / 8
             ),
         },
     ),
     "tpu": Chip(
         197e12,
         {
-            "ICI 90 GB/s, between pods of 256 a network of 3.1 GB/s a chip": Links(
-                256, 90e9, 3.1e9
+            "ici": Links(
+                "ICI 90 GB/s, between pods of 256 a network of 3.1 GB/s a chip",
+                256,
+                90e9,
+                3.1e9,
             )
         },
     ),
@@ -91,6 +95,18 @@ PAPER = {
 DEVICES = (8, 64, 512, 4096)
 TOKENS = 4096  # of a microbatch, on each device
 REACHED = 0.4  # of the peak
+
+
+def computing(step: Found, target: str) -> float:
+    """Milliseconds that a window computes for."""
+    chip, parameters = PAPER["gpu" if target == "cpu" else target], step.unit / 4
+    # Forward, backward, and forward once more for the rematerialisation.
+    return 1e3 * 8 * parameters * TOKENS * EVERY / (chip.flops * REACHED)
+
+
+def sending(step: Found, count: int, links: Links) -> float:
+    """Milliseconds in which one of `count` devices sends what it does in a window."""
+    return 1e3 * sum(links.seconds(x, count) * step.times(x) for x in step.each)
 
 
 def print_scaling(found: dict[str, Found], target: str) -> None:
@@ -106,20 +122,17 @@ def print_scaling(found: dict[str, Found], target: str) -> None:
 
     by_count("MB sent in a window, by devices", lambda f, n: f.wire(n) / 1e6, 0)
     chip = PAPER["gpu" if target == "cpu" else target]
-    parameters = next(iter(found.values())).unit / 4
-    # Forward, backward, and forward once more for the rematerialisation.
-    flops = 8 * parameters * TOKENS * EVERY
-    computed = 1e3 * flops / (chip.flops * REACHED)
+    computed = computing(next(iter(found.values())), target)
     print(
         f"\nA window computes for {computed:.0f} ms: {TOKENS:,} tokens in a "
         f"microbatch, {REACHED:.0%} of {chip.flops / 1e12:.0f} TFLOP/s."
     )
-    for name, links in chip.links.items():
+    for links in chip.links.values():
 
         def sent(f: Found, n: int, links: Links = links) -> float:
-            return 1e3 * sum(links.seconds(x, n) * f.times(x) for x in f.each)
+            return sending(f, n, links)
 
-        by_count(f"ms to send it; {name}", sent, 1)
+        by_count(f"ms to send it; {links.what}", sent, 1)
         by_count(
             "Tokens in a microbatch below which to send takes longer than to compute",
             lambda f, n, sent=sent: TOKENS * sent(f, n) / computed,

@@ -10,15 +10,11 @@ for the compiler of a GPU.
 """
 
 import argparse
-import functools
 import pathlib
 import re
 import sys
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
 from matplotlib.figure import Figure
 
 import accumax
@@ -27,10 +23,9 @@ DOCS = pathlib.Path(__file__).resolve().parent
 sys.path.append(str(DOCS.parent / "benchmarks"))
 
 import devices  # noqa: E402  # of the benchmarks
-import forms  # noqa: E402
-import transformer  # noqa: E402
+import pictured  # noqa: E402
+import programs  # noqa: E402
 
-SIZE = transformer.Size()
 RED, GRAY = "#c2410c", "#6b7280"
 COLORS = {  # of the kinds of memory that are large enough to be seen
     "parameters": "#495057",
@@ -43,57 +38,12 @@ COLORS = {  # of the kinds of memory that are large enough to be seen
 }
 
 
-def steps() -> dict[str, tuple[forms.Form, int]]:
-    """For each picture its train step, and the microbatches of a call."""
-    loss = functools.partial(transformer.loss, SIZE)
-    whole = jax.value_and_grad(loss)
-    divided = accumax.value_and_grad(loss, microbatches=forms.EVERY)
-    calls = forms.train_steps(loss)
-    plain = forms.applied(forms.ADAMW)
-
-    def scanned(params: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
-        """As one writes it by hand."""
-
-        def add(total: Any, part: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, whole(params, part)), None
-
-        zeros = jnp.zeros(()), optax.tree.zeros_like(params)
-        parts = batch.reshape(forms.EVERY, -1, *batch.shape[1:])
-        (value, grads), _ = jax.lax.scan(add, zeros, parts)
-        return value / forms.EVERY, jax.tree.map(lambda g: g / forms.EVERY, grads)
-
-    return {
-        "plain": (calls[forms.PLAIN], 1),
-        "multisteps": (calls[forms.MULTISTEPS], 1),
-        "train_step": (calls[forms.TRAIN_STEP], 1),
-        "whole": (forms.whole(plain, whole), forms.EVERY),
-        "scan": (forms.whole(plain, scanned), forms.EVERY),
-        "value_and_grad": (forms.whole(plain, divided), forms.EVERY),
-    }
-
-
 def draw_memory(target: str) -> None:
-    on = jax.sharding.SingleDeviceSharding(devices.device(target))
-    params = transformer.shapes(SIZE)
-    unit = sum(x.size * 4 for x in jax.tree.leaves(params))
-
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on), tree
-        )
-
-    reports = {}
-    for name, (form, microbatches) in steps().items():
-        rows = SIZE.rows * microbatches
-        tokens = jax.ShapeDtypeStruct((rows, SIZE.length + 1), jnp.int32)
-        state = jax.eval_shape(form.init, params)
-        step = forms.jitted(form).lower(placed(params), placed(state), placed(tokens))
-        reports[name] = accumax.audit(step.compile())
-        total = reports[name].memory.total
-        print(f"{name:16}{total / 2**20:8,.0f} MiB, {total / unit:.2f} x parameters")
-    top = 1.05 * max(report.memory.total for report in reports.values()) / 2**20
-    for name, report in reports.items():
-        figure = report.plot()
+    steps = pictured.lowered(devices.device(target))
+    steps = {name: step.compile() for name, step in steps.items()}
+    top = 1.05 * max(map(programs.peak, steps.values())) / 2**20
+    for name, step in steps.items():
+        figure = accumax.audit(step).plot()
         figure.set_size_inches(5.5, 3.8)  # to be read on a phone
         (axes,) = figure.axes
         axes.set(title="", ylim=(0, top))

@@ -9,10 +9,10 @@ import info_nce
 import jax
 import jax.numpy as jnp
 import losses
+import many_devices
 import models
 import optax_notebook
 import pytest
-import reductions
 import results
 import run
 import speed
@@ -134,7 +134,7 @@ def test_what_others_claim_is_measured(monkeypatch):
 
 def test_devices_reduce_a_gradient_once_a_window():
     size = transformer.Size(2, 32, 2, 64, 16)
-    rows = {row.name: row.value for row in reductions.rows("cpu", size, [2])}
+    rows = {row.name: row.value for row in many_devices.grows("cpu", size, (2,))}
     case = "reductions/transformer/cpu/"
     assert rows[case + "value_and_grad"] == pytest.approx(1, abs=0.01)
     assert rows[case + "train_step_and_accumulate"] == pytest.approx(1, abs=0.01)

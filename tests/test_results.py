@@ -1,7 +1,9 @@
 """What `benchmarks/run.py` writes can be read, and says where a peer is ahead."""
 
+import ast
 import dataclasses
 import json
+import pathlib
 
 import notes
 import page
@@ -62,3 +64,17 @@ def test_a_later_part_keeps_the_rows_before(tmp_path):
     rows, facts = run.merged([again], now, path)
     assert rows == [again, PEER]
     assert facts == FACTS | {"seconds": 5 + FACTS["seconds"], "quick": True}
+
+
+def test_no_row_runs_what_the_fingerprint_leaves_out():
+    folder = pathlib.Path(run.__file__).parent
+    for path in folder.glob("*.py"):
+        if path.name == "plan.py":  # measures `accumax.plan`, and gives no row
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "accumax":
+                assert node.attr not in results.INSTRUMENTS, path
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                package, *room = node.module.split(".")
+                named = {*room, *(alias.name for alias in node.names)}
+                assert package != "accumax" or not named & {*results.INSTRUMENTS}, path
