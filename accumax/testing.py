@@ -31,6 +31,16 @@ from ._testing.faults import Context, diagnose
 from ._testing.update import Distance
 from ._types import PyTree
 
+_HIDDEN = (
+    "The first update of this optimizer is nearly the same for a gradient of twice the "
+    "size, so a wrong scale or a mean of means may pass. Check with optax.sgd(1.0) too."
+)
+_DISAGREE = (
+    "Update and diagnosis disagree. The diagnosis takes each row for one item. Where "
+    "microbatches have other weights (tokens), pass them as weights=. Else the step "
+    "has another optimizer."
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Coefficients:
@@ -339,18 +349,10 @@ def check_update(
     right = found is not None and found.fault == "none"
     hidden = ""
     if report.passed and not right and update.hides_scale(big, params, batch):
-        hidden = (
-            "The first update of this optimizer is nearly the same for a gradient of "
-            "twice the size, so a wrong scale or a mean of means may pass. Check with "
-            "optax.sgd(1.0), too."
-        )
-        notes.append(hidden)
-    if found is not None and weights is None and right != report.passed and not hidden:
-        notes.append(
-            "Update and diagnosis disagree. The diagnosis takes each row for one item. "
-            "Where microbatches have other weights (tokens), pass them as weights=. "
-            "Else the step has another optimizer."
-        )
+        hidden = _HIDDEN
+    elif found is not None and weights is None and right != report.passed:
+        notes.append(_DISAGREE)
+    notes += [hidden] if hidden else []
     report = dataclasses.replace(report, note="\n".join(notes))
     if not report.passed:
         raise AssertionError(f"The update is not the big batch's.\n{report}")
