@@ -82,9 +82,9 @@ CAUSES = [
     ),
     (
         r"memory/mlp/(sgd|lion)/tpu/",
-        "1 to 4 %: where XLA:TPU puts the matrices that it fetches ahead. What is alive "
-        "at once is the same to 1 %, by accumax.audit (train_step, Lion: 1,548.5 MiB, "
-        "the peer 1,549.8; SGD: 1,046 and 1,038).",
+        "1 to 4 %: where XLA:TPU puts the matrices that it fetches ahead. What is "
+        "alive at once is the same to 1 %, by accumax.audit (train_step, Lion: "
+        "1,548.5 MiB, the peer 1,549.8; SGD: 1,046 and 1,038).",
     ),
     (
         r"memory/(mlp|leaves)/(sgd|adafactor|adamw)/gpu/",
