@@ -71,7 +71,7 @@ def accumulate(
       every: the window's length in calls, static: an integer of at least 1, or a
         schedule from the gradient step, () int32, to the length. If the length shrinks
         within a window, the next call closes it and divides by the weights so far. A
-        traced length below 1, or NaN, counts as 1.
+        traced length below 1, or NaN, counts as 1, and 2.5 as 3.
       reduction: "mean" if gradients are means over `weight` items, "mean_of_sums" if
         they are sums over them, "sum" to emit the plain sum. Static.
       accumulator_dtype: the dtype of the sum (for complex gradients, of its parts);

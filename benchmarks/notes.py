@@ -62,7 +62,7 @@ CAUSES = [
         "copies the moments instead, as accumax.audit shows.",
     ),
     (
-        r"(memory|copies)/\w+/(muon|adafactor)/(gpu|tpu)/(train_|apply_)",
+        r"(memory/mlp/muon|copies/transformer/adafactor)/gpu/(train_|apply_)",
         "The optimizer transposes matrices. XLA gives the carry of the loop at the "
         "boundary the transposed layout, and copies before and behind it, in every "
         "call. jax.experimental.layout.with_layout_constraint in the loop avoids it on "
