@@ -154,6 +154,16 @@ PLACES: Any = ("loop",), ("boundary", "branch"), ("outside",)
 MATRICES = 16, 1024, 256  # and the rows of a microbatch, on each device
 
 
+def model_of(size: transformer.Size) -> Model:
+    """A transformer."""
+
+    def batch(rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, size.length + 1), jnp.int32)
+
+    loss = functools.partial(transformer.loss, size)
+    return Model(loss, transformer.shapes(size), batch, size.rows)
+
+
 def one_call(model: Model) -> Case:
     """EVERY microbatches in one call, on one device."""
     gradient = accumax.value_and_grad(model.loss, microbatch_size=model.rows)
@@ -382,11 +392,7 @@ def setting(description: str | None, argv: list[str] | None) -> tuple[str, Model
     host = report.host()
     report.header("accumax, compiled", f"{len(on)} x {chip} (compiled on {host})")
 
-    def batch(rows: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, size.length + 1), jnp.int32)
-
-    loss = functools.partial(transformer.loss, size)
-    return args.target, Model(loss, transformer.shapes(size), batch, size.rows), on
+    return args.target, model_of(size), on
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -172,11 +172,22 @@ def peer(gradient: Gradient, rows: int) -> Gradient:
     return optax.microbatching.microbatch(gradient, 1, rows, mean)
 
 
-def scanned(gradient: Gradient, rows: int, unroll: bool = False) -> Gradient:
-    """What one writes by hand: a scan that carries a gradient tree."""
+def scanned(
+    gradient: Gradient, rows: int, unroll: bool = False, strided: bool = False
+) -> Gradient:
+    """What one writes by hand: a scan that carries a gradient tree.
+
+    With `strided`, microbatch i of k has every k-th row, from i on: of a batch that is
+    sharded along its rows, each device would else compute everything.
+    """
+
+    def divide(x: jax.Array) -> jax.Array:
+        if strided:
+            return x.reshape(rows, -1, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(-1, rows, *x.shape[1:])
 
     def fun(params: Any, batch: Any) -> tuple[jax.Array, Any]:
-        split = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), batch)
+        split = jax.tree.map(divide, batch)
 
         def body(sums: Any, microbatch: Any) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, sums, gradient(params, microbatch)), None

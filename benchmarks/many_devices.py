@@ -15,20 +15,18 @@ import functools
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import collectives
 import devices
 import forms
 import host
 import jax
-import jax.numpy as jnp
 import maxtext_5039
 import numpy as np
 import scaling
 import transformer
 import wire
-from collectives import AUTO, Case, Model
+from collectives import AUTO, Case, Model, model_of
 from devices import CHIPS
 from exchanges import GATHERS, REDUCTIONS, Found
 from jax.sharding import Mesh
@@ -53,41 +51,13 @@ SMALL = transformer.Size(4, 256, 4, 1024, 64)
 GROWN = "scan", collectives.REDUCED, forms.MULTISTEPS, collectives.APART
 
 
-def scanned(model: Model, rows: int) -> forms.Gradient:
-    """A scan by hand that keeps each row on its device.
-
-    `reshape(count, rows)` of a batch that is sharded along its rows would have every
-    device compute everything.
-    """
-    gradient = jax.value_and_grad(model.loss)
-
-    def fun(params: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
-        split = batch.reshape(rows, -1, *batch.shape[1:]).swapaxes(0, 1)
-
-        def body(sums: Any, microbatch: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, gradient(params, microbatch)), None
-
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        sums, _ = jax.lax.scan(body, zeros, split)
-        return jax.tree.map(lambda x: x / len(split), sums)
-
-    return fun
-
-
 def cases(model: Model, mesh: Mesh) -> dict[str, Case]:
     """With a scan by hand beside those of `collectives.py`."""
-    gradient = scanned(model, model.rows * mesh.size)
+    rows = model.rows * mesh.size
+    gradient = forms.scanned(jax.value_and_grad(model.loss), rows, strided=True)
     scan = Case(forms.whole(forms.applied(forms.ADAMW), gradient))
     within = collectives.within_a_call(model, mesh)
     return within | {"scan": scan} | collectives.across_calls(model, mesh)
-
-
-def model_of(size: transformer.Size) -> Model:
-    def batch(count: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, size.length + 1), jnp.int32)
-
-    loss = functools.partial(transformer.loss, size)
-    return Model(loss, transformer.shapes(size), batch, size.rows)
 
 
 def mesh_of(target: str, count: int) -> Mesh:

@@ -7,12 +7,10 @@
 
 import argparse
 import functools
-from typing import Any
 
 import forms
 import jax
 import jax.numpy as jnp
-import optax
 import programs
 import transformer
 from devices import CHIPS, Device, device
@@ -30,18 +28,7 @@ def steps(size: transformer.Size) -> dict[str, tuple[forms.Form, int]]:
     divided = accumax.value_and_grad(loss, microbatches=forms.EVERY)
     calls = forms.train_steps(loss)
     plain = forms.applied(forms.ADAMW)
-
-    def scanned(params: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
-        """As one writes it by hand."""
-
-        def add(total: Any, part: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, whole(params, part)), None
-
-        zeros = jnp.zeros(()), optax.tree.zeros_like(params)
-        parts = batch.reshape(forms.EVERY, -1, *batch.shape[1:])
-        (value, grads), _ = jax.lax.scan(add, zeros, parts)
-        return value / forms.EVERY, jax.tree.map(lambda g: g / forms.EVERY, grads)
-
+    scanned = forms.scanned(whole, size.rows)
     return {
         "plain": (calls[forms.PLAIN], 1),
         "multisteps": (calls[forms.MULTISTEPS], 1),
