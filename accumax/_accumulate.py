@@ -94,7 +94,8 @@ def accumulate(
       track_noise: keep what `accumax.noise_scale` needs in the state: four scalars, and
         two more reads of the sum in a window. A float is the decay of its averages
         over windows, by default 0.99. With `reduce_axis`, the devices must have about
-        equal weights. Static.
+        equal weights. In a step with microbatches and an `unroll` above 1, XLA may keep
+        a second sum. Static.
       offload_optimizer: keep the large arrays of the state of `inner` in the memory of
         the host. Only a call that closes a window reads them: it fetches those for one
         parameter after another, and sends them back. For a TPU, and for the fused forms

@@ -92,7 +92,7 @@ class Step:
         )
 
     def _gradient(
-        self, window: Window, devices: Devices, loss: StatefulLoss
+        self, window: Window, devices: Devices, loss: StatefulLoss, opt_state: Any
     ) -> Callable[..., Outcome]:
         if not (self.divided or devices.needs_rows):
             return functools.partial(at_once, loss, self.weighted)
@@ -104,7 +104,8 @@ class Step:
             aux=[self.aux],
             in_place=self.in_place,
         )
-        return Gradient(loop, self._split, accumulator, devices, whole=True)
+        measures = window.measure.wants_small(opt_state, devices)
+        return Gradient(loop, self._split, accumulator, devices, True, measures)
 
     def __call__(
         self,
@@ -130,7 +131,7 @@ class Step:
                 "whose weight is what loss_fn returns. Pass one or the other."
             )
         _check_keywords(window, loss, extra_args)
-        gradient = self._gradient(window, devices, loss)
+        gradient = self._gradient(window, devices, loss, opt_state)
         model, like = gradient_of(params), (opt_state.acc_grads,)
         limit = self.num_microbatches
         call = Call((model, *args), {}, (0,), given, state, like, limit)
@@ -162,8 +163,11 @@ class Step:
             items = jnp.where(out.accepted, items, 0)
         sums, accepted = add(sums, weight=items, args=extra_args, first=first)
 
+        small = window.accumulator.part(out.small, items, self.weighted)
         progress = window.progress(opt_state, accepted & out.accepted, flush)
-        params, opt_state = close(window, params, opt_state, sums, progress, extra_args)
+        params, opt_state = close(
+            window, params, opt_state, sums, progress, extra_args, small
+        )
         return params, opt_state, result, out.state
 
 

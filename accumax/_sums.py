@@ -30,6 +30,29 @@ class Sums(NamedTuple):
     args: dict[str, jax.Array]
 
 
+class Small(NamedTuple):
+    """A part of a window, measured for `accumax.noise_scale`.
+
+    Attributes:
+      square: () float, the squared norm of its sum of gradients.
+      weight: () float, its weight.
+    """
+
+    square: jax.Array
+    weight: jax.Array
+
+
+def square_of(tree: PyTree) -> jax.Array:
+    """() float: the sum of the squares of all elements, in at least float32."""
+
+    def square(x: jax.Array) -> jax.Array:
+        x = jnp.abs(x) if jnp.iscomplexobj(x) else x
+        return jnp.sum(x.astype(_tree.wide(x.dtype)) ** 2)
+
+    total = sum(map(square, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
+    return total.astype(float)  # as in the state, also for sums in float64
+
+
 def _as_it_is(x: Any) -> Any:
     return x
 
@@ -78,6 +101,19 @@ class Accumulator:
             weight
         )
 
+    def scale(self, weight: jax.Array, summed: bool) -> ArrayLike:
+        """Returns the factor of a gradient that is added; see `add`."""
+        return weight if self.reduction == "mean" and not summed else 1.0
+
+    def part(
+        self, small: Small | None, weight: jax.Array, summed: bool
+    ) -> Small | None:
+        """Returns `small`, a part of a call of weight 1, for a call that `add` adds."""
+        if small is None:
+            return None
+        scale = self.scale(weight, summed)
+        return Small(small.square * scale**2, small.weight * weight)
+
     def add(
         self,
         sums: Sums,
@@ -107,7 +143,7 @@ class Accumulator:
           `(sums, accepted)`. `accepted`, () bool, is false if the policy or the weight
           refused the microbatch; it was then left out.
         """
-        scale = weight if self.reduction == "mean" and not summed else 1.0
+        scale = self.scale(weight, summed)
 
         def scaled(a: jax.Array, g: ArrayLike) -> jax.Array:
             # In float32: a weight of 1e5 is infinite in float16.

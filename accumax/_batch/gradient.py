@@ -81,6 +81,7 @@ class Gradient:
       devices: where the rows, the parameters and the sums are.
       whole: for a mean over rows. If true, the weights of all microbatches sum to 1.
         If false, each is at most 1, and the caller divides by `Outcome.weight`.
+      measures: on one device, () bool: whether to measure the first microbatch.
     """
 
     loop: Loop
@@ -88,6 +89,7 @@ class Gradient:
     accumulated: Accumulator
     devices: Devices
     whole: bool = False
+    measures: jax.Array | None = None
 
     def __call__(self, call: Call, begun: OpenSums | None = None) -> Outcome:
         """Computes the gradient of `call`, added to the sums in `begun`, if any."""
@@ -159,5 +161,6 @@ class Gradient:
             devices,
             grads,
             seed=seed,
+            measures=self.measures,
         )
         return out._replace(grads=devices.end(held, out.grads))

@@ -9,10 +9,9 @@ import optax
 from jax import lax
 
 from .. import _tree
-from .._sums import Sums, divides
+from .._sums import Small, Sums, divides, square_of
 from .._types import ArrayLike, PyTree
 from .checks import check_flush
-from .measure import square_of
 from .state import AccumulateState, Progress, gradient_of
 from .window import Window
 
@@ -87,8 +86,12 @@ def close(
     sums: Sums,
     progress: Progress,
     extra_args: dict[str, Any],
+    small: Small | None = None,
 ) -> tuple[PyTree, AccumulateState]:
-    """Runs the boundary in place; touches nothing unless the window closes."""
+    """Runs the boundary in place; touches nothing unless the window closes.
+
+    `small` is the call's first microbatch, if it was measured.
+    """
     live = jax.tree.map(_tree.strong, window.seen(state, params))
     seen = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), gradient_of(live)
@@ -137,7 +140,7 @@ def close(
             extra_args | accumulator.means(sums),
         )
     sums = sums._replace(grads=grads)
-    measures = measure.measured(state, sums, noise, applies, devices, square)
+    measures = measure.measured(state, sums, noise, applies, devices, square, small)
     new_state = window.next(state, sums, inner_state, progress, applies, measures)
     return _tree.restore(live, params), new_state
 

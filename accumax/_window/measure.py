@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .. import _tree
 from .._devices.one import Devices
-from .._sums import Accumulator, Sums
+from .._sums import Accumulator, Small, Sums, square_of
 from .._types import PyTree
 from .._xla.loops import at_most_once
 from .state import MEASURES, NOISE, NORM, AccumulateState, Noise, is_state
@@ -43,6 +43,15 @@ class Measure:
         found = {NORM: scalar(), NOISE: Noise(*(scalar() for _ in Noise._fields))}
         return {name: found[name] for name in self.names}
 
+    def wants_small(self, state: AccumulateState, devices: Devices) -> jax.Array | None:
+        """Whether a call of microbatches should measure its first one, () bool.
+
+        None if it never should.
+        """
+        if self.decay is None or devices.count > 1:
+            return None
+        return state.acc_weight == 0
+
     def small_batch(
         self,
         state: AccumulateState,
@@ -53,8 +62,8 @@ class Measure:
         """Measures a part of the window, beside which the window is the large batch.
 
         Where several devices have sums of their own it is one device, in the call that
-        closes the window. On one device it is the first call, after which `measured`
-        has read the sum.
+        closes the window. On one device it is the first call, or its first microbatch,
+        which `measured` knows.
         """
         if self.decay is None:
             return None
@@ -76,6 +85,7 @@ class Measure:
         applies: jax.Array,
         devices: Devices,
         square: jax.Array | None = None,
+        small: Small | None = None,
     ) -> dict[str, Any]:
         """Measures a window at the end of a call, if it has closed or has just opened.
 
@@ -87,11 +97,15 @@ class Measure:
           devices: of the sums.
           square: () float, the squared norm of the gradient that the inner
             transformation saw; None to read it from `sums`.
+          small: the call's first microbatch, measured; None if it has no other.
         """
         if not self.names:
             return {}
-        opens = (state.acc_weight == 0) & (sums.weight > 0) & ~applies
-        reads = opens if noise is not None and devices.parts == 1 else jnp.bool_(False)
+        opens = (state.acc_weight == 0) & (sums.weight > 0)
+        reads = jnp.bool_(False)
+        if noise is not None and devices.parts == 1 and small is None:
+            opens &= ~applies  # a window of one call has no smaller batch
+            reads = opens
         weight = jnp.where(applies, sums.weight, 1)
 
         def mean_square(own: PyTree, weight: jax.Array) -> jax.Array:
@@ -108,9 +122,10 @@ class Measure:
             found[NORM] = _pick(applies, jnp.sqrt(square), state.acc_args[NORM])
         if noise is not None:
             if devices.parts == 1:
+                least = Small(square, sums.weight) if small is None else small
                 noise = noise._replace(
-                    small_square=_pick(opens, square, noise.small_square),
-                    small_weight=_pick(opens, sums.weight, noise.small_weight),
+                    small_square=_pick(opens, least.square, noise.small_square),
+                    small_weight=_pick(opens, least.weight, noise.small_weight),
                 )
             found[NOISE] = self._averaged(noise, square, sums.weight, applies)
         return found
@@ -140,17 +155,6 @@ class Measure:
 
 def _pick(flag: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(flag, new, old).astype(old.dtype)
-
-
-def square_of(tree: PyTree) -> jax.Array:
-    """() float: the sum of the squares of all elements, in at least float32."""
-
-    def square(x: jax.Array) -> jax.Array:
-        x = jnp.abs(x) if jnp.iscomplexobj(x) else x
-        return jnp.sum(x.astype(_tree.wide(x.dtype)) ** 2)
-
-    total = sum(map(square, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
-    return total.astype(float)  # as in the state, also for sums in float64
 
 
 def _read(
@@ -222,9 +226,9 @@ def noise_scale(opt_state: Any) -> jax.Array:
         that holds one.
 
     Returns:
-      NaN before the first window of at least two calls (or of several devices) has
-      closed. Negative or very large values mean that the noise hides the gradient:
-      average over more windows.
+      NaN before the first window of at least two calls (or two microbatches of
+      `accumax.train_step`, or two devices) has closed. Negative or very large values
+      mean that the noise hides the gradient: average over more windows.
 
     Raises:
       TypeError: no state in `opt_state` tracks the noise.
@@ -244,8 +248,9 @@ def noise_scale(opt_state: Any) -> jax.Array:
 
     References:
       McCandlish et al., "An Empirical Model of Large-Batch Training", arXiv 1812.06162,
-      appendix A.1. The norms are those of the sum after a window's first call and at
-      its end, or of each device's own sum, so no gradient tree is needed.
+      appendix A.1. The norms are those of the sum after a window's first call, or its
+      first microbatch, and at its end, or of each device's own sum, so no gradient tree
+      is needed.
     """
     for state in filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)):
         noise = state.acc_args.get(NOISE)

@@ -16,7 +16,7 @@ class Noise(NamedTuple):
 
     Attributes:
       small_square: the squared norm of the sum of a part of the window: of its first
-        call, or of one device.
+        call, of the first microbatch of this call, or of one device.
       small_weight: the weight of this part.
       signal: the squared norm of the true gradient, an average over windows.
       spread: the trace of the covariance of the gradient of one item, an average.
