@@ -378,6 +378,21 @@ def test_the_page_of_many_divisors_shows_those_next_to_the_answer():
     assert len(page.splitlines()) == 4 + 20
 
 
+def test_the_page_says_where_memory_does_not_grow_with_the_size(monkeypatch):
+    def sawtooth(make_step, size):
+        return Peak(size, 1024 * (size + 70 * (size < 32)), 0, frozenset())
+
+    monkeypatch.setattr(accumax._compiled.plan, "measure", sawtooth)
+    result = accumax.plan(lambda size: size, 128, memory_limit="110KiB")
+    less, more = result.uneven
+    assert less.size < 32 <= more.size
+    assert less.bytes > more.bytes
+    assert f"everywhere: {less.size} rows {less.size + 70:.2f} KiB" in str(result)
+    straight = accumax.plan(compiled, 512, memory_limit=peak_of(100))
+    assert straight.uneven is None
+    assert "everywhere" not in str(straight)
+
+
 def test_no_progress_bar_is_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert accumax.plan(compiled, 8, memory_limit="1GiB").microbatch_size == 8

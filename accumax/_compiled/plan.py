@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -71,6 +72,19 @@ class Plan:
         """The number of steps that were compiled."""
         return sum(row.source == "compiled" for row in self.rows)
 
+    @property
+    def uneven(self) -> tuple[Row, Row] | None:
+        """Two compiled sizes, of which the larger one takes less memory, if any.
+
+        A GPU may choose another algorithm for it, and a TPU keep less of it in its
+        vector memory. Then larger sizes than `microbatch_size` may fit as well.
+        """
+        known = [r for r in self.rows if r.source == "compiled" and r.bytes is not None]
+        for less, more in itertools.pairwise(known):
+            if (less.bytes or 0) > (more.bytes or 0):
+                return less, more
+        return None
+
     def __str__(self) -> str:
         share = self.peak_bytes / self.memory_limit
         sends = any(row.sent for row in self.rows)
@@ -94,6 +108,13 @@ class Plan:
             known = "" if row.sent is None else readable(row.sent)
             sent = f"{known:>12}" if sends else ""
             lines.append(f"{row.size:10}{row.microbatches:14}{peak:>12}{sent}  {note}")
+        if (pair := self.uneven) is not None:
+            less, more = (f"{r.size} rows {readable(r.bytes or 0)}" for r in pair)
+            lines += [
+                "",
+                f"Memory does not grow with the size everywhere: {less}, {more}.",
+                "So a larger size than the answer may fit, too: compile it to see.",
+            ]
         if self.largest > 1.5 * self.microbatch_size:
             lines += [
                 "",
@@ -192,7 +213,8 @@ def plan(
         its `memory_stats()["bytes_limit"]`. None is "100%". A CPU does not tell this.
       divisors_only: True finds the largest divisor of `batch_size` that fits, so that
         all microbatches are equal. False takes any size: at most 5 % below the largest
-        that fits, or 7 rows where a backend pads rows to 8. The last microbatch is
+        that fits, or 7 rows where a backend pads rows to 8, if memory grows with the
+        size; the page says where it was seen not to. The last microbatch is
         then smaller, and compiled by itself in `accumax.value_and_grad`; in any other
         step see that it is not lost.
       progress: show a progress bar while compiling, on a terminal, if tqdm is
