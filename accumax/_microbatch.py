@@ -17,7 +17,8 @@ from ._batch.scan import add_carried
 from ._batch.split import Part, Parts, split
 from ._sums import Accumulator, accumulator
 from ._types import DTypeLike, PyTree
-from ._xla.refs import add_backward, is_batched
+from ._xla.programs import is_transformed
+from ._xla.refs import add_backward
 from ._xla.varying import typed_like
 
 
@@ -125,7 +126,7 @@ def microbatch(
                     others[1],
                     cotangents,
                     accumulated,
-                    in_place and not is_batched((residuals, cotangents)),
+                    in_place and not is_transformed((residuals, cotangents)),
                 ),
             )
 
@@ -234,7 +235,8 @@ def _check_rows(out: PyTree, rows: int) -> None:
             raise ValueError(
                 f"The output{jax.tree_util.keystr(path)} of the function is "
                 f"{_tree.describe(x)} for a microbatch of {rows} rows; expected one "
-                "value a row, along the first axis."
+                "value a row, along the first axis. Arguments with rows that "
+                "batch_argnums does not name go whole to each microbatch."
             )
 
 

@@ -12,6 +12,7 @@ from jax.experimental import io_callback
 from problems import same_bits, slow_but
 
 import accumax
+from accumax._xla.jaxprs import inner_jaxprs
 
 N, D = 4, 64
 HALF = jnp.bfloat16
@@ -178,7 +179,11 @@ def test_half_precision_parameters_take_one_layer_beside_the_accumulator():
     params, tx = parameters(HALF), accumax.accumulate(optax.sgd(1.0), 2)
     loss = functools.partial(loss_of, "scaled", "remat")
     jaxpr = jax.make_jaxpr(accumax.train_step(loss, tx))(params, tx.init(params), X)
-    scans = [e for e in jaxpr.jaxpr.eqns if e.primitive.name == "scan"]
+    eqns = jaxpr.jaxpr.eqns
+    for eqn in eqns:  # on JAX 0.11 and newer, the backward pass is one of them
+        if eqn.primitive.name == "custom_vmap_call":
+            eqns = [*eqns, *(e for inner in inner_jaxprs(eqn) for e in inner.eqns)]
+    scans = [e for e in eqns if e.primitive.name == "scan"]
     stacks = [
         x.aval
         for eqn in scans

@@ -275,7 +275,7 @@ def test_a_gradient_tree_that_has_to_be_built_is_not_hidden(monkeypatch):
     def fails(*args, **options):
         raise NotImplementedError("no ref for this")
 
-    monkeypatch.setattr(refs, "_run_isolated", fails)
+    monkeypatch.setattr(refs, "run_isolated", fails)
 
     @jax.jit
     def step(p, sums):

@@ -15,7 +15,8 @@ from .._sums import Small, Sums, accumulator, has_items, is_valid_weight
 from .._types import ArrayLike, PyTree
 from .._xla.jaxprs import pruned, unchanged_leaves
 from .._xla.loops import at_most_once
-from .._xla.refs import add_backward, is_batched
+from .._xla.programs import is_transformed
+from .._xla.refs import add_backward
 from .._xla.varying import match_varying, on_mesh_of, typed_like
 from .loss import Call, Loss, StatefulLoss, with_live
 from .outputs import check_aux_leaves, reducer
@@ -89,7 +90,7 @@ class Loop:
           measures: () bool, whether to measure the first microbatch of one loss;
             `grads` is then zero. None never does.
         """
-        if self.in_place and is_batched((call.arrays, grads)):
+        if self.in_place and is_transformed((call.arrays, grads)):
             self = dataclasses.replace(self, in_place=False)
         live = devices.vary(dict(zip(call.argnums, call.live, strict=True)))
         live, frozen = devices.gather_once(live), devices.gather_once(call.frozen)

@@ -93,6 +93,12 @@ def hands_on_refs(jaxpr: Any) -> bool:
     return False
 
 
+def has_own_refs_alone(program: ClosedJaxpr) -> bool:
+    """Whether no effect of `program` but those on refs of its own is to be seen."""
+    effects = program.jaxpr.effects
+    return all(map(_is_on_refs, effects)) and not any(map(_is_ref, program.consts))
+
+
 def unchanged_leaves(fun: Callable[[PyTree], PyTree], tree: PyTree) -> list[bool]:
     """Whether each leaf of `tree` is unchanged in `fun(tree)`, of equal structure."""
     jaxpr = jax.make_jaxpr(fun)(tree).jaxpr

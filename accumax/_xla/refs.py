@@ -11,20 +11,17 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from .._tree import strong
 from .._types import PyTree
 from .chains import Chain, may_move, moves, run, value
-from .jaxprs import hands_on_refs, of_linear_program, sliced, unsafe_refs
+from .jaxprs import of_linear_program, sliced, unsafe_refs
 from .loops import at_most_once, reset
+from .programs import join_arrays, program_of, run_isolated, split_arrays
 from .varying import on_mesh_of, typed_like, zeros
 
 T = TypeVar("T")
-
-_HOLE = object()  # stands for an array
 
 # Through which port a gradient leaves: none; one at each place where the parameter is
 # used, if a scan reads it; or one before all places. In a question about the loss, a
@@ -86,7 +83,7 @@ def add_backward(
                     break
                 of_leaves, ports, unless = attempt
                 add = functools.partial(_add_backward, of_leaves, ports)
-                out = _run_isolated(add, params, sums, first, taken, unless=unless)
+                out = run_isolated(add, params, sums, first, taken, unless=unless)
                 if out is not None:
                     return out
             except Exception as error:  # an error of `fun` itself is raised again below
@@ -126,7 +123,7 @@ def _of_leaves(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., An
 
 def _traced(fun: Callable[[PyTree], Any], params: PyTree) -> Callable[..., Any]:
     """As `_of_leaves`, with chains moved into scans."""
-    program, join = _program(fun, params)
+    program, join = program_of(fun, params)
     as_it_is = _of_leaves(fun, params)
 
     def of_leaves(leaves: list[Any]) -> Any:
@@ -202,7 +199,7 @@ def _add_backward(
 
     def through_arrays(variables: list[jax.Array]) -> Any:
         loss, (values, aux) = through(variables)
-        arrays, *static[:] = _split_arrays(aux)
+        arrays, *static[:] = split_arrays(aux)
         return loss, jax.tree.map(strong, (values, arrays))
 
     like, out = jax.eval_shape(through_arrays, variables)
@@ -221,7 +218,7 @@ def _add_backward(
     (values, aux), sums = at_most_once(taken, both, (jax.tree.map(zeros, out), sums))
     if aux:
         aux = at_most_once(~taken, forward, aux)
-    return (values, _join_arrays(aux, *static)), sums
+    return (values, join_arrays(aux, *static)), sums
 
 
 @jax.custom_vjp
@@ -241,98 +238,6 @@ def _port_bwd(like: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 _port.defvjp(_port_fwd, _port_bwd)
-
-
-def _run_isolated(
-    fun: Callable[..., Any], *args: Any, unless: Callable[[Any], bool] | None
-) -> Any:
-    """Runs `fun(*args)`; a failure leaves nothing behind in the caller's trace.
-
-    Returns None if `unless(jaxpr)` of it is true.
-    """
-    program, join = _program(fun, *args)
-    if unless is not None and unless(program.jaxpr):
-        return None
-    operands = jax.tree.leaves(args)
-    if hands_on_refs(program.jaxpr):
-        _forbid_vmap(_tracers((operands, program.consts)))
-    return join(jaxpr_as_fun(program)(*operands))
-
-
-def _program(
-    fun: Callable[..., Any], *args: Any
-) -> tuple[ClosedJaxpr, Callable[[list[jax.Array]], Any]]:
-    """Traces `fun(*args)`: its jaxpr, and from the jaxpr's results to those of `fun`.
-
-    Unlike `jax.make_jaxpr`, it takes a `fun` that returns other leaves than arrays.
-    """
-    static: list[Any] = []
-
-    def arrays(*args: Any) -> list[jax.Array]:
-        found, *static[:] = _split_arrays(fun(*args))
-        return found
-
-    program = jax.make_jaxpr(arrays)(*args)
-    return program, lambda found: _join_arrays(found, *static)
-
-
-def _split_arrays(tree: PyTree) -> tuple[list[jax.Array], Any, list[Any]]:
-    """The arrays of `tree`, its structure, its leaves with `_HOLE` for each array."""
-    leaves, structure = jax.tree.flatten(tree)
-    arrays = [x for x in leaves if isinstance(x, jax.Array)]
-    return arrays, structure, [_HOLE if isinstance(x, jax.Array) else x for x in leaves]
-
-
-def _join_arrays(arrays: list[jax.Array], structure: Any, leaves: list[Any]) -> PyTree:
-    # A result that is a constant of a jaxpr comes out of it as a number.
-    left = map(jnp.asarray, arrays)
-    return structure.unflatten([next(left) if x is _HOLE else x for x in leaves])
-
-
-def is_batched(tree: PyTree) -> bool:
-    """Whether a `jax.vmap` in the current trace batches an array of `tree`.
-
-    It does not detect a `vmap` around a `jax.jit`: that `vmap` sees the program later.
-    """
-    batched = False
-    probe = jax.custom_batching.custom_vmap(lambda arrays: ())
-
-    @probe.def_vmap
-    def note(size: int, each: Any, arrays: list[jax.Array]) -> Any:
-        nonlocal batched
-        del size, each, arrays
-        batched = True
-        return (), ()
-
-    probe(_tracers(tree))
-    return batched
-
-
-def _tracers(tree: PyTree) -> list[jax.Array]:
-    return [
-        lax.stop_gradient(x) for x in jax.tree.leaves(tree) if isinstance(x, Tracer)
-    ]
-
-
-@jax.custom_batching.custom_vmap
-def _forbid_vmap(arrays: list[jax.Array]) -> tuple[()]:
-    """Raises an error if `jax.vmap` batches `arrays`.
-
-    `jax.vmap` cannot batch a scan over a ref, nor, from JAX 0.12 on, a conditional that
-    gets a ref. The error of JAX names nothing in the caller's code.
-    """
-    del arrays
-    return ()
-
-
-@_forbid_vmap.def_vmap
-def _refuse(size: int, batched: Any, arrays: list[jax.Array]) -> Any:
-    del size, batched, arrays
-    raise NotImplementedError(
-        "jax.vmap cannot batch this jitted function, whose loss is differentiated in "
-        "place and has a lax.scan or a lax.cond. Put jax.jit outside of jax.vmap, or "
-        "pass in_place=False."
-    )
 
 
 def _required(leaves: list[jax.Array], sums: list[jax.Array]) -> list[str]:
