@@ -35,6 +35,14 @@ _HIDDEN = (
     "The first update of this optimizer is nearly the same for a gradient of twice the "
     "size, so a wrong scale or a mean of means may pass. Check with optax.sgd(1.0) too."
 )
+_ROUNDING = 1e-3  # of a gradient in float32, relative to it
+_COUPLED = (
+    "The loss is not the mean over these items: the mean of its gradients over the "
+    "microbatches is {far:.1%} off its gradient for the batch. Where microbatches have "
+    "other weights (tokens), pass them as weights=. Else the loss couples the rows, as "
+    "a contrastive loss, a square root of the mean or BatchNorm do, and no mean of "
+    "microbatches is the big batch: see docs/coupled_losses.md."
+)
 _DISAGREE = (
     "Update and diagnosis disagree. The diagnosis takes each row for one item. Where "
     "microbatches have other weights (tokens), pass them as weights=. Else the step "
@@ -330,17 +338,19 @@ def check_update(
     calls = [batch] if once else microbatches
     after, state = update.window(step, params, opt_state, calls, call or update.call)
     distances = update.distances(big, params, batch, after)
-    found, notes = None, []
+    found, notes, gradients = None, [], []
+    items = update.rows(microbatches) if weights is None else weights
     read = update.read_gradient(big, gradient, params, after, state, batch)
     if isinstance(read, str) or big.gradient is None:
         notes.append(str(read))
     elif sum(map(np.size, jax.tree.leaves(read.gradient))) < len(microbatches):
         notes.append("There is no diagnosis: fewer numbers than microbatches.")
     else:
+        gradients = [big.gradient(params, x) for x in microbatches]
         found = coefficients(
             read.gradient,
-            [big.gradient(params, x) for x in microbatches],
-            weights=update.rows(microbatches) if weights is None else weights,
+            gradients,
+            weights=items,
             tolerance=read.tolerance,
             devices=devices,
             alternatives=alternatives,
@@ -350,8 +360,12 @@ def check_update(
     hidden = ""
     if report.passed and not right and update.hides_scale(big, params, batch):
         hidden = _HIDDEN
-    elif found is not None and weights is None and right != report.passed:
-        notes.append(_DISAGREE)
+    elif found is not None and right != report.passed:
+        far = update.coupled(big, params, batch, gradients, items)
+        if far > _ROUNDING:
+            notes.append(_COUPLED.format(far=far))
+        elif weights is None:
+            notes.append(_DISAGREE)
     notes += [hidden] if hidden else []
     report = dataclasses.replace(report, note="\n".join(notes))
     if not report.passed:

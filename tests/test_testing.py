@@ -841,3 +841,77 @@ def test_a_call_that_returns_no_pair_is_named(out):
             reference=(loss_fn, SGD),
             call=lambda *args: out,
         )
+
+
+def logits_loss(params, batch):
+    """One bias for all logits: its gradient is 0, but for rounding."""
+    x, labels = batch
+    logits = x @ params["w"] + params["bias"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def never_closes(params, opt_state, batch):
+    del batch
+    return params, opt_state
+
+
+def sums_up(params, opt_state, batch):
+    grads = jax.grad(logits_loss)(params, batch)
+    return jax.tree.map(lambda p, g: p - g, params, grads), opt_state
+
+
+@pytest.mark.parametrize("step", [never_closes, sums_up])
+def test_parameters_without_a_gradient_do_not_excuse_the_others(step):
+    rng = np.random.default_rng(0)
+    params = {
+        "w": jnp.float32(rng.normal(size=(4, 3))),
+        "bias": jnp.float32(rng.normal()),
+    }
+    x, labels = (
+        jnp.float32(rng.normal(size=(24, 4))),
+        jnp.asarray(rng.integers(3, size=24)),
+    )
+    parts = [(x[i : i + 6], labels[i : i + 6]) for i in range(0, 24, 6)]
+    reference = logits_loss, optax.sgd(1.0)
+    with pytest.raises(AssertionError, match=r"\['w'\].*wrong"):
+        accumax.testing.check_update(step, params, (), parts, reference=reference)
+    tx = accumax.accumulate(optax.sgd(1.0), 4)
+    right = jax.jit(accumax.train_step(logits_loss, tx))
+    accumax.testing.check_update(
+        right, params, tx.init(params), parts, reference=reference
+    )
+
+
+@pytest.mark.parametrize("weights", [None, [6, 6, 6, 6]])
+def test_a_loss_that_couples_the_rows_is_told(weights):
+    def root(params, batch):
+        return jnp.sqrt(loss_fn(params, batch))
+
+    tx = accumax.accumulate(optax.sgd(1.0), 4)
+    step = jax.jit(accumax.train_step(root, tx))
+    with pytest.raises(AssertionError, match="couples the rows"):
+        accumax.testing.check_update(
+            step,
+            init(),
+            tx.init(init()),
+            window_of([6, 6, 6, 6]),
+            reference=(root, optax.sgd(1.0)),
+            weights=weights,
+        )
+
+
+@pytest.mark.parametrize(
+    ("factor", "fault", "words"),
+    [
+        (6.0, "sum for a mean", "sum over its 6 rows"),
+        (1 / 6, "divided twice", "weighted=True a loss returns the sum"),
+    ],
+)
+@pytest.mark.parametrize("rows", [[6, 6, 6, 6], [6, 6, 8, 4]])
+def test_a_factor_of_the_rows_of_a_microbatch(factor, fault, words, rows):
+    parts = trees(4)
+    even = len(set(rows)) == 1
+    weights = factor * np.array(rows) / 24 if even else np.full(4, factor / 4)
+    found = coefficients(combine(weights, parts), parts, weights=rows)
+    assert found.fault == fault
+    assert words in " ".join(str(found).split())

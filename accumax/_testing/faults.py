@@ -151,6 +151,7 @@ def _scaled(seen: Evidence, context: Context, base: np.ndarray) -> Hypothesis:
 
 def _factor_name(f: float, k: int, context: Context, noise: float) -> tuple[str, str]:
     devices, window, weight = context.devices, context.window, np.sum(context.weights)
+    rows = weight / k  # of a microbatch, if all are equal
 
     def near(x: float | None) -> bool:
         return x is not None and abs(f / x - 1) <= noise
@@ -172,6 +173,12 @@ def _factor_name(f: float, k: int, context: Context, noise: float) -> tuple[str,
         return "sum for a mean", (
             f"It is the sum over all items: divide by their number, {weight:.6g}."
         )
+    if devices is None and rows > 1 and near(rows):
+        also = f" On {round(f)} devices, it may also be: {again.lower()}."
+        return "sum for a mean", (
+            f"As if each microbatch gave the sum over its {rows:.6g} rows, not their "
+            f"mean: divide by the items.{also if whole else ''}"
+        )
     if devices and whole and devices % round(f) == 0:
         return "reduced twice over devices", f"{again}."
     if whole and devices is None and not (f >= 256 and np.log2(round(f)) % 1 == 0):
@@ -188,6 +195,11 @@ def _factor_name(f: float, k: int, context: Context, noise: float) -> tuple[str,
     if k > 1 and near(1 / k):
         return "divided twice", (
             f"As if a mean over the {k} microbatches were divided by {k} again."
+        )
+    if rows > 1 and near(1 / rows):
+        return "divided twice", (
+            f"As if a mean over the {rows:.6g} rows of a microbatch were divided by "
+            "them again: with weighted=True a loss returns the sum over its items."
         )
     full = round(k / f) if 0 < f < 1 else 0
     if full > k and near(k / full) and full * noise < 0.05 and window is None:

@@ -82,7 +82,8 @@ def reference_of(reference: Any) -> Reference:
         live = differentiable(params)
 
         def loss(live: PyTree) -> Any:
-            return loss_fn(restore(live, params), batch)
+            # A new tree each time: a loss may change a dict that it is given.
+            return loss_fn(restore(live, params), jax.tree.map(lambda x: x, batch))
 
         value, grads = jax.value_and_grad(loss)(live)
         return grads, {"value": value, "grad": grads, "value_fn": loss}
@@ -185,11 +186,14 @@ def distances(
         )
     own = {path: _far(near[path], true[path]) for path in before}
     moved = {path: _far(before[path], true[path]) for path in before}
-    part = np.median([own[p] / moved[p] for p in before if moved[p]] or [0.0])
     most = max(moved.values(), default=0.0)
+    epsilons = {path: float(jnp.finfo(got[path].dtype).eps) for path in before}
+    # Where the gradient is 0 but for rounding, as that of one bias for all logits, this
+    # is rounding over rounding: a large number, and the median of two such parameters.
+    parts = [own[p] / moved[p] for p in before if moved[p] > epsilons[p] * most]
+    part = np.median(parts or [0.0])
     found = []
-    for path in before:
-        eps = float(jnp.finfo(got[path].dtype).eps)
+    for path, eps in epsilons.items():
         of_parameter = ULPS * eps * np.max(np.abs(true[path]), initial=0.0)
         # A parameter may be near its true value by luck, and one whose gradient is 0
         # but for rounding has rounding of the size of other gradients.
@@ -251,6 +255,27 @@ def read_gradient(
             "gradient is lost in the rounding of the parameters."
         )
     return Gradient(moved, tolerance)
+
+
+def coupled(
+    big: Reference,
+    params: PyTree,
+    batch: PyTree,
+    gradients: Sequence[PyTree],
+    weights: Any,
+) -> float:
+    """How far the mean of the microbatches' gradients is from that of the batch.
+
+    Relative to the latter. It is rounding, if the loss is a mean over the items of
+    which `weights` has the numbers.
+    """
+    assert big.gradient is not None
+    whole, each = (np.concatenate(_flat(g)) for g in (big.gradient(params, batch), ()))
+    for weight, grads in zip(weights, gradients, strict=True):
+        part = np.concatenate(_flat(grads)) * (weight / sum(weights))
+        each = part if not each.size else each + part
+    size = np.linalg.norm(whole)
+    return float(np.linalg.norm(each - whole) / size) if size else 0.0
 
 
 def hides_scale(big: Reference, params: PyTree, batch: PyTree) -> bool:
