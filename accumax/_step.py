@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from . import _tree
 from ._batch.arguments import Places, parameters
 from ._batch.gradient import Gradient, OpenSums, at_once
 from ._batch.loss import Call, Loss, StatefulLoss
@@ -15,7 +16,6 @@ from ._batch.scan import Loop, Outcome
 from ._batch.split import Split, split
 from ._devices.one import Devices
 from ._devices.reduce_axis import ReduceAxis, check_reduce_axis
-from ._tree import check_flags
 from ._types import ArrayLike, PyTree
 from ._window.boundary import close
 from ._window.checks import check_flush
@@ -51,7 +51,7 @@ class Step:
         Raises:
           TypeError, ValueError: the options do not fit `window`, or each other.
         """
-        check_flags(
+        _tree.check_flags(
             weighted=self.weighted, has_aux=self.has_aux, in_place=self.in_place
         )
         devices = window.devices.join(self._devices)
@@ -133,6 +133,7 @@ class Step:
         _check_keywords(window, loss, extra_args)
         gradient = self._gradient(window, devices, loss, opt_state)
         model, like = gradient_of(params), (opt_state.acc_grads,)
+        _tree.check_any_float("params", model)
         limit = self.num_microbatches
         call = Call((model, *args), {}, (0,), given, state, like, limit)
         first, sums = opt_state.mini_step == 0, window.sums(opt_state)

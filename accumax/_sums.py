@@ -47,10 +47,10 @@ def square_of(tree: PyTree) -> jax.Array:
 
     def square(x: jax.Array) -> jax.Array:
         x = jnp.abs(x) if jnp.iscomplexobj(x) else x
-        return jnp.sum(x.astype(_tree.wide(x.dtype)) ** 2)
+        # As in the state, also for sums in float64.
+        return jnp.sum(x.astype(_tree.wide(x.dtype)) ** 2).astype(float)
 
-    total = sum(map(square, jax.tree.leaves(tree)), jnp.zeros((), jnp.float32))
-    return total.astype(float)  # as in the state, also for sums in float64
+    return sum(map(square, jax.tree.leaves(tree)), jnp.zeros((), float))
 
 
 def _as_it_is(x: Any) -> Any:

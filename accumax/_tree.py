@@ -304,6 +304,16 @@ def check_same(name: str, tree: PyTree, expected: PyTree) -> None:
         )
 
 
+def check_any_float(name: str, tree: PyTree) -> None:
+    """Checks that `tree`, which is differentiated, has a floating-point number."""
+    leaves = jax.tree.leaves(tree)
+    if leaves and not any(map(is_differentiable, leaves)):
+        raise TypeError(
+            f"{name}, which is differentiated, holds no floating-point number: "
+            f"{outline(tree)}."
+        )
+
+
 def check_flags(**flags: Any) -> None:
     """Checks that options are True or False. To Python, "no" is true, too.
 

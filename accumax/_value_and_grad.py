@@ -256,13 +256,9 @@ def gradients(
 
 
 def _check_live(call: Call) -> None:
-    for n, live in zip(call.argnums, call.live, strict=True):
+    for n in call.argnums:
         _tree.check_parameters(f"Argument {n}", call.args[n])
-        if jax.tree.leaves(call.args[n]) and not jax.tree.leaves(live):
-            raise TypeError(
-                f"Argument {n}, which is differentiated, holds no floating-point "
-                f"number: {_tree.outline(call.args[n])}."
-            )
+        _tree.check_any_float(f"Argument {n}", call.args[n])
 
 
 def grad(

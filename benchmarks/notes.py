@@ -1,4 +1,4 @@
-"""Where a peer is ahead, and why."""
+"""Where a peer is ahead, or memory above the floor, and why."""
 
 import dataclasses
 import re
@@ -24,6 +24,11 @@ TOLERANCES = {
 }
 COMPETES = dict.fromkeys(peers.ACROSS, peers.ACROSS_PEERS) | dict.fromkeys(
     peers.WITHIN, peers.WITHIN_PEERS
+)
+ABOVE = 1.03  # times the floor: a row says why
+_RESNET = (
+    "XLA:GPU copies kernels into the layout of its convolutions, and keeps the copies "
+    "of all parameters for the backward pass."
 )
 # A pattern of "row: peer", and the cause. The first that matches counts.
 CAUSES = [
@@ -57,9 +62,8 @@ CAUSES = [
     ),
     (
         r"(memory|copies)/resnet/.*/gpu/",
-        "XLA:GPU copies kernels into the layout of its convolutions, and keeps the "
-        "copies of all parameters for the backward pass. In the peer's program it "
-        "copies the moments instead, as accumax.audit shows.",
+        f"{_RESNET} In the peer's program it copies the moments instead, as "
+        "accumax.audit shows.",
     ),
     (
         r"(memory/mlp/muon|copies/transformer/adafactor)/gpu/(train_|apply_)",
@@ -87,7 +91,13 @@ CAUSES = [
         "1,548.5 MiB, the peer 1,549.8; SGD: 1,046 and 1,038).",
     ),
     (
-        r"memory/(mlp|leaves)/(sgd|adafactor|adamw)/gpu/",
+        r"memory/mlp/(adamw|adafactor)/tpu/",
+        "1 to 3 %: what XLA:TPU keeps in vector memory, which is not counted. Without "
+        "that memory the peer takes as much or more (accumulate: temp 1.00, MultiSteps "
+        "1.05; Adafactor within a call 1.55 and 1.55).",
+    ),
+    (
+        r"memory/(mlp\w*|leaves)/(sgd|adafactor|adamw)/gpu/",
         "Less than 1 %: buffers of the size of one array, which XLA:GPU shares with "
         "others or not.",
     ),
@@ -126,8 +136,48 @@ CAUSES = [
 ]
 
 
+# A pattern of a row that is above the floor, and the cause.
+CAUSES_ABOVE = [
+    (
+        r"memory/.*/(apply_gradients|accumulate)",
+        "It is handed a gradient tree, as large as the parameters. The floor has none.",
+    ),
+    (r"memory/resnet/", _RESNET),
+    (
+        r"memory/leaves/",
+        "256 arrays of 1 KB: scalars count here, and buffers as large as one array.",
+    ),
+    (
+        r"memory/\w+/muon/.*/(value_and_grad|train_step_divided)",
+        "Muon multiplies matrices by matrices: a step without accumulation takes as "
+        "much, see the row none.",
+    ),
+    (
+        r"memory/(\w+/muon|transformer/adafactor)/(gpu|tpu)/train_step",
+        "The optimizer's own work on whole matrices, and their layout in the loop at "
+        "the boundary: XLA copies them before and behind it.",
+    ),
+    (
+        r"memory/(mlp|\w+_unscanned)/.*/tpu/(value_and_grad|train_step_divided)",
+        "XLA:TPU computes in bfloat16 and casts all weights ahead of the loop over "
+        "microbatches, as for a scan by hand. With unroll=True there is no loop (a "
+        "perceptron with SGD: 1.26 to 1.07).",
+    ),
+    (
+        r"memory/.*/tpu/",
+        "XLA:TPU keeps in vector memory, which is not counted, the logits in the "
+        "floor's program and a sum of gradients in this one: see the rows scheduled/.",
+    ),
+    (
+        r"memory/.*/cpu/",
+        "By default XLA:CPU arranges a program so that much of it can run at a time. "
+        "Arranged for the least memory it takes less: see the rows scheduled/.",
+    ),
+]
+
+
 def explained(rows: Sequence[Row]) -> list[Row]:
-    """The rows, with a note on each of ours that a peer is ahead of."""
+    """The rows, with a note on each of ours that a peer or the floor is ahead of."""
     by_name = {row.name: row for row in rows}
     found = []
     for row in rows:
@@ -135,8 +185,17 @@ def explained(rows: Sequence[Row]) -> list[Row]:
         if ahead is not None:
             note = f"{_form(ahead)} has {ahead.value:.3g}. {_cause(row, ahead)}"
             row = dataclasses.replace(row, note=note)
+        elif _is_above(row):
+            row = dataclasses.replace(row, note=_first(CAUSES_ABOVE, row.name))
         found.append(row)
     return found
+
+
+def _is_above(row: Row) -> bool:
+    group, form = row.name.partition("/")[0], _form(row)
+    if row.note or row.value is None or group != "memory" or form not in COMPETES:
+        return False
+    return row.value > ABOVE
 
 
 def _form(row: Row) -> str:
@@ -159,8 +218,11 @@ def _ahead(row: Row, by_name: dict[str, Row]) -> Row | None:
 
 
 def _cause(row: Row, ahead: Row) -> str:
-    what = f"{row.name}: {_form(ahead)}"
-    for pattern, cause in CAUSES:
+    return _first(CAUSES, f"{row.name}: {_form(ahead)}")
+
+
+def _first(causes: Sequence[tuple[str, str]], what: str) -> str:
+    for pattern, cause in causes:
         if re.match(pattern, what):
             return cause
     return "Why is not known yet."

@@ -11,7 +11,7 @@ TITLES = {
     "floor": "The floor itself",
     "copies": "Copies of a parameter's size in the compiled step",
     "time": "Time of a window of eight microbatches, over the floor",
-    "scheduled": "Memory on a CPU, arranged for the least: `programs.LEAST`",
+    "scheduled": "Memory as another option of XLA arranges it: `programs.LEAST`",
     "hold": "A call within a window, over `acc += g`",
     "host": "Time of a call on tiny arrays, in microseconds: Python and dispatch",
     "trace": "Time to trace a train step, over the plain step's",

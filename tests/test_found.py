@@ -458,9 +458,13 @@ def test_a_vmap_around_jit_of_a_loss_that_scans_says_what_to_do():
         f = jax.jit(accumax.grad(scanned_loss, microbatch_size=2, **options))
         return jax.vmap(f, (0, None))(*args)
 
-    with pytest.raises(NotImplementedError, match="in_place=False"):
-        gradients()
     want = jax.vmap(jax.grad(scanned_loss), (0, None))(*args)
+    if jax.__version_info__ < (0, 11):
+        with pytest.raises(NotImplementedError, match="in_place=False"):
+            gradients()
+    else:
+        with pytest.warns(UserWarning, match="in_place=False"):
+            np.testing.assert_allclose(gradients(), want, atol=1e-6)
     np.testing.assert_allclose(gradients(in_place=False), want, atol=1e-6)
 
 
@@ -479,3 +483,78 @@ def test_an_update_of_the_big_batch_is_the_same_as_before():
     params, state = init(), tx.init(init())
     params, *_ = accumax.train_step(loss_fn, tx)(params, state, data(1)[0])
     assert distance(params, init()) > 0.01
+
+
+# A loss is traced more than once, each time on a batch of its own.
+
+
+def pops(w, batch):
+    labels = batch.pop("labels")
+    batch["x"] = batch["x"] / 2
+    return jnp.mean((batch["x"] @ w - labels) ** 2)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("options", [{}, {"in_place": False}, {"microbatch_size": 2}])
+def test_a_loss_may_change_the_dict_that_it_is_given(options, weighted):
+    w = jnp.ones(3)
+    batch = {"x": jnp.arange(12.0).reshape(4, 3), "labels": jnp.ones(4)}
+
+    def loss(w, batch):
+        value = pops(w, batch)
+        return (value * len(batch["x"]), len(batch["x"]) * 1.0) if weighted else value
+
+    tx = accumax.accumulate(SGD, 1)
+    step = jax.jit(accumax.train_step(loss, tx, weighted=weighted, **options))
+    got, _, value = step(w, tx.init(w), batch)
+    want, grads = jax.value_and_grad(pops)(w, dict(batch))
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    np.testing.assert_allclose(got, w - grads, rtol=1e-6)
+    assert set(batch) == {"x", "labels"}
+
+
+def test_parameters_that_are_all_integers_are_refused():
+    params, tx = {"w": jnp.arange(3)}, accumax.accumulate(SGD, 1)
+    step = accumax.train_step(lambda p, x: jnp.mean(x @ p["w"]), tx)
+    with pytest.raises(TypeError, match="no floating-point number"):
+        step(params, tx.init(params), jnp.ones((4, 3)))
+
+
+def test_rows_that_are_forgotten_in_a_dict_are_warned_of():
+    w, x, more = jnp.ones(3), jnp.ones((8, 3)), {"y": jnp.ones(8), "n": 2.0}
+
+    def loss(w, x, more):
+        return jnp.mean((x @ w - more["y"]) ** 2) * more["n"]
+
+    with pytest.warns(UserWarning, match=r"batch_argnums=\(1, 2\)"):
+        jax.jit(accumax.grad(loss, microbatch_size=1))(w, x, more)
+    # A table that has as many entries, beside one that has not, may be no rows.
+    more = {"y": jnp.ones(8), "table": jnp.ones((5, 2)), "n": 2.0}
+    jax.jit(accumax.grad(loss, microbatch_size=1))(w, x, more)
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_strict_promotion_takes_float64_a_tail_and_measures(size):
+    def loss(w, x):
+        return jnp.mean((x @ w - 1) ** 2)
+
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        w = jnp.ones(2, jnp.float64)
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)))
+        tx = accumax.accumulate(
+            SGD, 1, accumulator_dtype=None, track_norm=True, track_noise=True
+        )
+        want = jax.grad(loss)(w, x)
+        steps = [
+            accumax.train_step(loss, tx),
+            accumax.train_step(loss, tx, microbatch_size=size),
+            lambda w, s, x: accumax.apply_gradients(tx, w, s, jax.grad(loss)(w, x)),
+        ]
+        for step in steps:
+            got, state, *_ = jax.jit(step)(w, tx.init(w), x)
+            np.testing.assert_allclose(got, w - want, rtol=1e-12)
+            np.testing.assert_allclose(
+                state.acc_args["grad_norm"], jnp.linalg.norm(want), rtol=1e-12
+            )
+        f = jax.jit(accumax.grad(loss, microbatch_size=size, accumulator_dtype=None))
+        np.testing.assert_allclose(f(w, x), want, rtol=1e-12)

@@ -226,18 +226,25 @@ def check_shared(
 ) -> None:
     """Checks the arguments that every microbatch gets whole.
 
-    Warns if an argument has as many rows as the batch and is not differentiated.
+    Warns of an argument that is not differentiated if it has as many rows as the batch:
+    an array, or all arrays of a tree that comes after the batch. One before it is
+    rather a model, whose layers may be as wide as the batch is long.
 
     Raises:
       ValueError: an argument holds a key: all microbatches would draw the same numbers.
     """
+    first = min((p for p in batch_argnums if isinstance(p, int)), default=0)
     for place, tree in shared.items():
         check_no_key(place, tree)
         if place in argnums or rows == 1:
             continue
-        if getattr(tree, "shape", ())[:1] == (rows,):
+        before = isinstance(place, int) and place < first
+        if before and not hasattr(tree, "shape"):
+            continue
+        shapes = [np.shape(x) for x in jax.tree.leaves(tree) if np.shape(x)]
+        if shapes and all(shape[0] == rows for shape in shapes):
             warnings.warn(
-                f"Argument {place!r} is {_tree.describe(tree)}, with as many rows as "
+                f"Argument {place!r} is {_tree.outline(tree)}, with as many rows as "
                 "the batch, and goes whole to every microbatch. If it holds rows of "
                 "the batch, let batch_argnums name it too: batch_argnums="
                 f"{(*batch_argnums, place)}.",

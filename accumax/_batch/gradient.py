@@ -13,7 +13,7 @@ from .._types import ArrayLike, PyTree
 from .._xla.jaxprs import pruned
 from .._xla.loops import reset
 from .._xla.refs import add_backward
-from .loss import Call, Loss, StatefulLoss, with_live
+from .loss import Call, Loss, StatefulLoss, fresh, with_live
 from .outputs import aux_specs
 from .scan import Loop, Outcome, add_carried
 from .split import Split
@@ -41,8 +41,9 @@ def at_once(
     (n,), (live,) = call.argnums, call.live
 
     def read(live: PyTree) -> tuple[Loss, PyTree]:
-        args = with_live(call.args, {n: live})
-        return loss.run(call.given, call.state, args, call.kwargs)
+        # It is traced more than once, and may change a dict that it is given.
+        args, kwargs = fresh((with_live(call.args, {n: live}), call.kwargs))
+        return loss.run(call.given, call.state, args, kwargs)
 
     def fun(live: PyTree) -> tuple[jax.Array, Any]:
         out, state = read(live)

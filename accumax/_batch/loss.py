@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from .. import _tree
 from .._devices.one import Devices
 from .._sums import check_weight
 from .._types import ArrayLike, PyTree
+
+T = TypeVar("T")
 
 
 class Loss(NamedTuple):
@@ -172,6 +174,16 @@ class Call:
     @property
     def arrays(self) -> PyTree:
         return self.args, self.kwargs, self.given, self.state
+
+
+def fresh(tree: T) -> T:
+    """Returns `tree` with new dicts and lists; what they hold is the same."""
+    plain = dict, list, tuple
+
+    def inside(x: Any) -> bool:
+        return type(x) not in plain
+
+    return jax.tree.map(lambda x: x, tree, is_leaf=inside)
 
 
 def with_live(args: tuple, live: Mapping[int, PyTree]) -> tuple:

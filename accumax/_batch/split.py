@@ -360,7 +360,7 @@ def _rows_of(
             if consecutive:
                 return lax.dynamic_slice_in_dim(x, i * size, size)
             if tail:
-                each = i + count * jnp.arange(size)
+                each = i + count * jnp.arange(size, dtype=jnp.int32)
                 return x.at[each].get(mode="promise_in_bounds")
             # Here and not before the loop, where a TPU would store the new shape.
             columns = x.reshape(size, count, *x.shape[1:])

@@ -269,9 +269,11 @@ def said(report: Audit) -> Iterator[str]:
     if certain:
         total = sum(x.bytes for x in certain)
         yield (
-            f"An optimizer's arithmetic on {readable(total)} runs in every call, and a "
-            "condition then keeps its result or not. accumax.apply_gradients and "
-            "accumax.train_step run it in the call that closes the window alone."
+            f"An optimizer's arithmetic on {readable(total)} runs in every call, or "
+            "that of an average of parameters, and a condition then keeps its result "
+            "or not. accumax.apply_gradients and accumax.train_step run an optimizer "
+            "in the call that closes the window alone, accumax.linen.ema and nnx.ema "
+            "an average."
         )
 
 
@@ -280,12 +282,18 @@ def _of_copies(report: Audit) -> Iterator[str]:
     total = sum(x.bytes * (x.times or 1) for x in found)
     if total <= SMALL * (report.memory.arguments or 0):
         return
+    sound = report.donated and not report.not_reused and not report.crossed
+    advice = (
+        "All donated arguments are reused, in their order: these are XLA's own."
+        if sound
+        else "Donate the arguments, and keep their order in the result. Others are "
+        "XLA's own."
+    )
     names = sorted({x.path for x in found if x.path})
     of = f", among them of {', '.join(names[:3])}" if names else ""
     yield (
         f"{len(found)} copies of buffers as large as parameters, {readable(total)} a "
-        f"call{of}. Donate the arguments, and keep their order in the result. Others "
-        "are XLA's own."
+        f"call{of}. {advice}"
     )
 
 
