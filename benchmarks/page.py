@@ -65,7 +65,7 @@ def text(rows: Sequence[Row], facts: dict[str, Any]) -> str:
         f"on {facts['host']}, in {facts['seconds']} s.{quick}",
         "",
         "Times are the least of several turns, compared within one run. "
-        f"{MARK}: a peer takes less; why is said below the table. "
+        f"{MARK}: a peer takes less, or the floor by more than 3 %; why is said below. "
         "`benchmarks/peers.py` says what each form is.",
     ]
     groups: dict[str, list[Row]] = {}

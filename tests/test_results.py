@@ -51,6 +51,18 @@ def test_a_row_that_is_level_with_its_peers_has_no_note():
     assert not any(row.note for row in notes.explained([level, PEER]))
 
 
+def test_a_row_above_the_floor_says_why_without_a_peer_too():
+    row = dataclasses.replace(OURS, name="memory/mlp/adamw/gpu/apply_gradients")
+    (said,) = notes.explained([row])
+    assert "a gradient tree" in said.note
+    (level,) = notes.explained([dataclasses.replace(row, value=1.03)])
+    assert not level.note
+    (unknown,) = notes.explained(
+        [dataclasses.replace(row, name="memory/mlp/adamw/gpu/train_step")]
+    )
+    assert "not known" in unknown.note
+
+
 def test_two_rows_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="memory/mlp"):
         results.save([OURS, OURS], FACTS, tmp_path / "x.json")
