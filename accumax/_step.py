@@ -130,7 +130,7 @@ class Step:
                 f"weight={weight!r} was passed to a step made with weighted=True, "
                 "whose weight is what loss_fn returns. Pass one or the other."
             )
-        _check_keywords(window, loss, extra_args)
+        _check_keywords(window, loss, extra_args, 1 + len(args), weight is not None)
         gradient = self._gradient(window, devices, loss, opt_state)
         model, like = gradient_of(params), (opt_state.acc_grads,)
         _tree.check_any_float("params", model)
@@ -173,13 +173,23 @@ class Step:
 
 
 def _check_keywords(
-    window: Window, loss: StatefulLoss, extra_args: dict[str, Any]
+    window: Window,
+    loss: StatefulLoss,
+    extra_args: dict[str, Any],
+    count: int,
+    weighs: bool,
 ) -> None:
-    """Checks that keywords are meant for the optimizer."""
+    """Checks that keywords are meant for the optimizer.
+
+    `count` is the number of arguments by position, `weighs` whether a weight came.
+    """
     names, takes_any = parameters(loss.source)
-    if extra_args.keys() & names:
+    meant = extra_args.keys() & names
+    if weighs and "weight" in names[count:]:  # of the loss, which would miss it
+        meant |= {"weight"}
+    if meant:
         raise TypeError(
-            f"The keyword arguments {sorted(extra_args.keys() & names)} are named "
+            f"The keyword arguments {sorted(meant)} are named "
             "like arguments of loss_fn, but keywords go to the optimizer. Pass "
             "loss_fn's arguments by position: step(params, opt_state, batch, ...)."
         )

@@ -558,3 +558,14 @@ def test_strict_promotion_takes_float64_a_tail_and_measures(size):
             )
         f = jax.jit(accumax.grad(loss, microbatch_size=size, accumulator_dtype=None))
         np.testing.assert_allclose(f(w, x), want, rtol=1e-12)
+
+
+def test_a_weight_that_the_loss_misses_is_named():
+    def loss(w, x, weight):
+        return weight * jnp.mean(x @ w)
+
+    w, x, tx = jnp.ones(3), jnp.ones((4, 3)), accumax.accumulate(SGD, 1)
+    step = accumax.train_step(loss, tx)
+    with pytest.raises(TypeError, match=r"\['weight'\] are named like arguments"):
+        step(w, tx.init(w), x, weight=2.0)
+    step(w, tx.init(w), x, 2.0, weight=3.0)  # one for each
