@@ -459,12 +459,8 @@ def test_a_vmap_around_jit_of_a_loss_that_scans_says_what_to_do():
         return jax.vmap(f, (0, None))(*args)
 
     want = jax.vmap(jax.grad(scanned_loss), (0, None))(*args)
-    if jax.__version_info__ < (0, 11):
-        with pytest.raises(NotImplementedError, match="in_place=False"):
-            gradients()
-    else:
-        with pytest.warns(UserWarning, match="in_place=False"):
-            np.testing.assert_allclose(gradients(), want, atol=1e-6)
+    with pytest.raises(NotImplementedError, match="in_place=False"):
+        gradients()
     np.testing.assert_allclose(gradients(in_place=False), want, atol=1e-6)
 
 

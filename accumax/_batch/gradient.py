@@ -12,6 +12,7 @@ from .._sums import Accumulator, has_items
 from .._types import ArrayLike, PyTree
 from .._xla.jaxprs import pruned
 from .._xla.loops import reset
+from .._xla.programs import is_transformed
 from .._xla.refs import add_backward
 from .loss import Call, Loss, StatefulLoss, fresh, with_live
 from .outputs import aux_specs
@@ -54,16 +55,21 @@ def at_once(
         grads = vjp(jnp.ones_like(value))[0]
     else:
         weight = pruned(lambda live: read(live)[0].weight, live) if weighted else None
-        if weighted and weight is None:  # it has an effect, which must not happen twice
+        # The weight has an effect, which must not happen twice, or a vmap sees this.
+        carried = weighted and weight is None
+        if carried or is_transformed((call.arrays, begun)):
+
+            def taken(values: Any) -> jax.Array | None:
+                return has_items(values[1]) if weighted else None
+
             sums, _ = reset(begun.sums[0], begun.first)
-            out, grads = add_carried(
-                fun, live, sums, lambda values: has_items(values[1])
-            )
+            out, grads = add_carried(fun, live, sums, taken)
             (value, weight), (aux, state) = out
-            value = jnp.where(has_items(weight), value, 0)
+            if weighted:
+                value = jnp.where(has_items(weight), value, 0)
         else:
-            taken = None if weight is None else has_items(weight)
-            out, grads = add_backward(fun, live, begun.sums[0], begun.first, taken)
+            items = None if weight is None else has_items(weight)
+            out, grads = add_backward(fun, live, begun.sums[0], begun.first, items)
             (value, _), (aux, state) = out
     out = Loss(value, weight, aux)
     out = out._replace(value=out.mean())

@@ -95,8 +95,17 @@ def hands_on_refs(jaxpr: Any) -> bool:
 
 def has_own_refs_alone(program: ClosedJaxpr) -> bool:
     """Whether no effect of `program` but those on refs of its own is to be seen."""
-    effects = program.jaxpr.effects
-    return all(map(_is_on_refs, effects)) and not any(map(_is_ref, program.consts))
+    if any(map(_is_ref, program.consts)):
+        return False
+
+    def names_an_axis(jaxpr: Any) -> bool:  # of a `jax.vmap`, without an effect
+        return any(
+            "axis_name" in eqn.params or any(map(names_an_axis, inner_jaxprs(eqn)))
+            for eqn in jaxpr.eqns
+        )
+
+    own = all(map(_is_on_refs, program.jaxpr.effects))
+    return own and not names_an_axis(program.jaxpr)
 
 
 def unchanged_leaves(fun: Callable[[PyTree], PyTree], tree: PyTree) -> list[bool]:

@@ -1,7 +1,5 @@
 """Traced programs, and the transformations that may not take them apart."""
 
-import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,17 +19,21 @@ _HAS_REFS_IN_ONE = jax.__version_info__ >= (0, 11)
 
 
 def run_isolated(
-    fun: Callable[..., Any], *args: Any, unless: Callable[[Any], bool] | None
+    fun: Callable[..., Any],
+    *args: Any,
+    unless: Callable[[Any], bool] | None,
+    as_one: bool = False,
 ) -> Any:
     """Runs `fun(*args)`; a failure leaves nothing behind in the caller's trace.
 
-    Returns None if `unless(jaxpr)` of it is true.
+    Returns None if `unless(jaxpr)` of it is true. With `as_one` it is one equation, if
+    JAX can have refs in one and nothing outside sees an effect of it.
     """
     program, join = program_of(fun, *args)
     if unless is not None and unless(program.jaxpr):
         return None
     operands = jax.tree.leaves(args)
-    if _HAS_REFS_IN_ONE and has_own_refs_alone(program):
+    if as_one and _HAS_REFS_IN_ONE and has_own_refs_alone(program):
         arrays = program.consts, operands
         if not _is_differentiated(arrays):
             return join(_as_one(program)(*arrays))
@@ -43,11 +45,8 @@ def run_isolated(
 def _as_one(program: ClosedJaxpr) -> Callable[..., list[jax.Array]]:
     """`(consts, operands) -> results` of `program`, as one equation.
 
-    JAX takes a loop apart if something in it is differentiated, also if that is not the
-    program: it computes once, before the loop, what is the same in each turn. JAX 0.12
-    moves a new ref there without what is added to it. Then each turn goes on adding to
-    the sums of the turn before, and no error says so (first-order MAML in a scan: off
-    by 0.3). Earlier ones raise an error. One equation moves as a whole.
+    JAX takes a loop apart if something in it is differentiated (see `refs`), and raises
+    an error where this leaves a ref in a loop. One equation moves as a whole.
     """
 
     # Without the constants, some of them tracers, which the rule would keep alive.
@@ -65,27 +64,29 @@ def _as_one(program: ClosedJaxpr) -> Callable[..., list[jax.Array]]:
         leaves, structure = jax.tree.flatten(args)
         flags = jax.tree.leaves(axes)
         moved = [x for x, flag in zip(leaves, flags, strict=True) if flag]
+        if not moved:
+            out = run(*args)
+            return out, [False] * len(out)
 
-        def member(own: list[Any], fun: Callable[..., Any]) -> list[jax.Array]:
+        if in_loops:
+            raise NotImplementedError(_CANNOT_BATCH)
+
+        def member(own: list[Any]) -> list[jax.Array]:
             mine = iter(own)
             pairs = zip(leaves, flags, strict=True)
             here = [next(mine) if flag else x for x, flag in pairs]
-            return fun(*structure.unflatten(here))
+            return run(*structure.unflatten(here))
 
-        if in_loops:
-            warnings.warn(_IN_TURN, stacklevel=2)
-            out = lax.map(functools.partial(member, fun=one), moved)
-        else:
-            out = jax.vmap(functools.partial(member, fun=run))(moved)
+        out = jax.vmap(member)(moved)
         return out, [True] * len(out)
 
     return one
 
 
-_IN_TURN = (
-    "A jax.vmap around a loop or a jax.jit batches a loss that has a lax.scan or a "
-    "lax.cond and is differentiated in place. JAX cannot batch that, so the members of "
-    "the batch run one after another. Pass in_place=False to batch them."
+_CANNOT_BATCH = (
+    "jax.vmap cannot batch this loop or jitted function, whose loss is differentiated "
+    "in place and has a lax.scan or a lax.cond. Pass in_place=False, or put jax.jit "
+    "outside of jax.vmap."
 )
 
 
@@ -177,8 +178,4 @@ def _forbid_vmap(arrays: list[jax.Array]) -> tuple[()]:
 @_forbid_vmap.def_vmap
 def _refuse(size: int, batched: Any, arrays: list[jax.Array]) -> Any:
     del size, batched, arrays
-    raise NotImplementedError(
-        "jax.vmap cannot batch this loop or jitted function, whose loss is "
-        "differentiated in place and has a lax.scan or a lax.cond. Pass "
-        "in_place=False, or put jax.jit outside of jax.vmap."
-    )
+    raise NotImplementedError(_CANNOT_BATCH)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.core import Tracer
 
 from .._tree import strong
@@ -30,6 +31,13 @@ _NO, _INSIDE, _OUTSIDE, _VALUE = "no port", "inside", "outside", "a value"
 
 # Whether this JAX adds gradients into the wrong refs; see `unsafe_refs`.
 _MISPLACES = jax.__version_info__ < (0, 11)
+
+# JAX takes a loop apart if something in it is differentiated, also if that is nothing
+# of ours: it computes once, before the loop, what is the same in each turn. JAX 0.12
+# moves a new ref there without what is added to it. Then each turn goes on adding to
+# the sums of the turn before, and no error says so (first-order MAML in a scan: off by
+# 0.3; 0.11 raises an error). So a ref begins with sums that depend on the loss.
+_MOVES_REFS = jax.__version_info__ >= (0, 11)
 
 
 def add_backward(
@@ -83,7 +91,9 @@ def add_backward(
                     break
                 of_leaves, ports, unless = attempt
                 add = functools.partial(_add_backward, of_leaves, ports)
-                out = run_isolated(add, params, sums, first, taken, unless=unless)
+                # A loop has no derivative in reverse mode that this could hide.
+                options: Any = {"unless": unless, "as_one": taken is not None}
+                out = run_isolated(add, params, sums, first, taken, **options)
                 if out is not None:
                     return out
             except Exception as error:  # an error of `fun` itself is raised again below
@@ -189,6 +199,8 @@ def _add_backward(
     if taken is None:
         loss, vjp, aux = jax.vjp(through, variables, has_aux=True)
         seed, sums = jnp.ones_like(loss), on_mesh_of(jax.typeof(loss), sums)
+        if _MOVES_REFS:
+            sums, _ = lax.optimization_barrier((sums, loss))
         if first is not None:
             sums, seed = reset(sums, first, seed)
         return aux, add(vjp, sums, seed)
