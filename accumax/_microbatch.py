@@ -206,7 +206,8 @@ def _gradient(
         live = with_rows(shared, here)
         zeros = typed_like(_tree.minus_zeros_like(here), here)
         sums = with_rows(grads, zeros)
-        add = add_backward if in_place else add_carried
+        in_refs = functools.partial(add_backward, alone=part.alone)
+        add = in_refs if in_place else add_carried
         _, sums = add(product, live, sums)
         given = reducer.add(given, _tree.masked(sums[0], rows), part, 1.0)
         return _tree.masked(sums, shared), given

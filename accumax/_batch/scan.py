@@ -112,9 +112,7 @@ class Loop:
             sums, seen, state = parts.scan(body, carry)
         else:
             begun = carry, Small(jnp.zeros((), float), jnp.zeros((), float))
-            (sums, seen, state), small = parts.scan(
-                measured(body, measures, parts), begun
-            )
+            (sums, seen, state), small = parts.scan(measured(body, measures), begun)
 
         def together(devices: Devices) -> Any:
             each = [t.combine(devices, s) for t, s in zip(terms, seen, strict=True)]
@@ -263,7 +261,9 @@ class _Term:
             found = self.weight(live, part, state)
             in_place = found is not None
         if in_place:
-            out, grads = add_backward(fun, live, grads, taken=taken(found))
+            out, grads = add_backward(
+                fun, live, grads, taken=taken(found), alone=part.alone
+            )
             (value, _), (aux, state) = out
         else:
             out, grads = add_carried(

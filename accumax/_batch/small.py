@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from .._sums import Small, square_of
 from .._xla.loops import at_most_once
-from .split import Part, Parts
+from .split import Part
 
 
 def measured(
-    body: Callable[[Any, Part], Any], measures: jax.Array, parts: Parts
+    body: Callable[[Any, Part], Any], measures: jax.Array
 ) -> Callable[[Any, Part], Any]:
     """The body of `Loop` that also measures the first microbatch that has a weight.
 
@@ -38,7 +38,7 @@ def measured(
             return jax.tree.map(kept, carry[0]), square
 
         with jax.named_scope("accumax.measure"):
-            if part.tail or parts.unroll is True:
+            if part.alone:
                 # Without a scan around it, nothing says that the sums are read before
                 # they change, and XLA copies them, unless the loop writes them too (16
                 # matrices: 16 copies on CPU and GPU).

@@ -40,6 +40,7 @@ class Part:
       rows: the number of its rows.
       tail: whether it is the last, smaller microbatch.
       consecutive: whether its rows are consecutive in the batch.
+      alone: whether it is not in a scan over microbatches.
     """
 
     call: Callable[[], tuple[tuple, dict[str, Any]]]
@@ -47,6 +48,7 @@ class Part:
     rows: int
     tail: bool
     consecutive: bool
+    alone: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,7 +268,8 @@ class Split:
                 by_place = tuple(here[n] for n in range(len(args)))
                 return by_place, {name: here[name] for name in kwargs}
 
-            return Part(own, i, tail if last else size, last, limit is not None)
+            alone = last or self.unroll is True
+            return Part(own, i, tail if last else size, last, limit is not None, alone)
 
         unit = 2 ** (size - 1).bit_length() if tail else size
         places = frozenset(batches)

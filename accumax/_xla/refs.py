@@ -36,7 +36,9 @@ _MISPLACES = jax.__version_info__ < (0, 11)
 # of ours: it computes once, before the loop, what is the same in each turn. JAX 0.12
 # moves a new ref there without what is added to it. Then each turn goes on adding to
 # the sums of the turn before, and no error says so (first-order MAML in a scan: off by
-# 0.3; 0.11 raises an error). So a ref begins with sums that depend on the loss.
+# 0.3; 0.11 raises an error). So a ref begins with sums that depend on the loss. Where a
+# loop of ours carries the sums, JAX raises; there a barrier costs memory (a perceptron
+# on a TPU: 5.4 for 4.5 x parameters).
 _MOVES_REFS = jax.__version_info__ >= (0, 11)
 
 
@@ -46,6 +48,7 @@ def add_backward(
     sums: PyTree,
     first: jax.Array | None = None,
     taken: jax.Array | None = None,
+    alone: bool = True,
 ) -> tuple[Any, PyTree]:
     """Runs `fun` forward, and backward into `sums`.
 
@@ -77,6 +80,7 @@ def add_backward(
         if no window opens.
       taken: () bool, whether the gradient is added; None for always. If it is False,
         `values` are zeros, and nothing is computed if `aux` has no arrays.
+      alone: whether no loop of ours is around it, which would carry `sums`; static.
 
     Returns:
       `((values, aux), sums)`.
@@ -90,7 +94,7 @@ def add_backward(
                 if attempt is None:
                     break
                 of_leaves, ports, unless = attempt
-                add = functools.partial(_add_backward, of_leaves, ports)
+                add = functools.partial(_add_backward, of_leaves, ports, alone)
                 # A loop has no derivative in reverse mode that this could hide.
                 options: Any = {"unless": unless, "as_one": taken is not None}
                 out = run_isolated(add, params, sums, first, taken, **options)
@@ -99,7 +103,8 @@ def add_backward(
             except Exception as error:  # an error of `fun` itself is raised again below
                 failure = repr(error).splitlines()[0]
     ports = [_OUTSIDE] * len(jax.tree.leaves(params))
-    out = _add_backward(_of_leaves(fun, params), ports, params, sums, first, taken)
+    add = functools.partial(_add_backward, _of_leaves(fun, params), ports, alone)
+    out = add(params, sums, first, taken)
     if failure is not None:
         warnings.warn(
             f"JAX {jax.__version__} could not add this loss's gradient in place "
@@ -181,6 +186,7 @@ def _variables(
 def _add_backward(
     fun: Callable[..., Any],
     ports: list[str],
+    alone: bool,
     params: PyTree,
     sums: PyTree,
     first: jax.Array | None,
@@ -199,7 +205,7 @@ def _add_backward(
     if taken is None:
         loss, vjp, aux = jax.vjp(through, variables, has_aux=True)
         seed, sums = jnp.ones_like(loss), on_mesh_of(jax.typeof(loss), sums)
-        if _MOVES_REFS:
+        if _MOVES_REFS and alone:
             sums, _ = lax.optimization_barrier((sums, loss))
         if first is not None:
             sums, seed = reset(sums, first, seed)
