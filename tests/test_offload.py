@@ -172,8 +172,8 @@ def turns(inner):
     jaxpr = jax.make_jaxpr(accumax.train_step(loss_fn, tx))(*args).jaxpr
     found = [0]
     for eqn in eqns(jaxpr):
-        if eqn.primitive.name == "optimization_barrier":
-            found.append(0)
+        if eqn.primitive.name == "optimization_barrier" and found != [0]:
+            found.append(0)  # one before any fetch is of the backward pass
         elif eqn.primitive.name == "device_put":
             found[-1] += eqn.outvars[0].aval.memory_space == jax.memory.Space.Device
     return found
