@@ -105,7 +105,9 @@ class Step:
             in_place=self.in_place,
         )
         measures = window.measure.wants_small(opt_state, devices)
-        return Gradient(loop, self._split, accumulator, devices, True, measures)
+        return Gradient(
+            loop, self._split, accumulator, devices, whole=True, measures=measures
+        )
 
     def __call__(
         self,

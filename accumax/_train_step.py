@@ -101,7 +101,8 @@ def train_step(
 
     A gradient tree exists, and is added as in `apply_gradients`, where something must
     see it: with nonfinite="skip" or "drop"; in a step that is passed a `weight` (let
-    the loss return it instead: `weighted=True`); without jit; with `in_place=False`.
+    the loss return it instead: `weighted=True`); without jit; under `jax.vmap` or a
+    derivative; with `in_place=False`.
     JAX before 0.11 builds it, with a warning, for parameters whose gradient it would
     get wrong in place. In float32 all of these agree to the bit, except for parameters
     that the loss uses more than once: the form in place adds each use by itself.

@@ -129,14 +129,13 @@ def compiled_jobs(on: devices.Device, target: str, scale: Scale) -> list[Job]:
     """What is read from programs compiled for `on`, there or not."""
     jobs = []
     for each in zoo.work(scale.width):
-        if not scale.models or each.name in scale.models:
-            if scale.models and each.optimizer != "adamw" and each.name != "mlp":
-                continue
-            case = f"{each.name}/{each.optimizer}/{target}"
-            names = tuple(f"{group}/{case}" for group in ("memory", "copies", "floor"))
-            jobs.append(Job(names, functools.partial(floors.rows, each, on, target)))
-        wanted = not scale.models or each.name in scale.models
-        if wanted and each.name in SCHEDULED.get(target, ()):
+        other = each.optimizer != "adamw" and each.name != "mlp"
+        if scale.models and (other or each.name not in scale.models):
+            continue
+        case = f"{each.name}/{each.optimizer}/{target}"
+        names = tuple(f"{group}/{case}" for group in ("memory", "copies", "floor"))
+        jobs.append(Job(names, functools.partial(floors.rows, each, on, target)))
+        if each.name in SCHEDULED.get(target, ()):
             names = (f"scheduled/{each.name}/{each.optimizer}",)
             jobs.append(Job(names, functools.partial(floors.scheduled, each, on)))
     growing: dict[str, Callable[[], list[Row]]] = {

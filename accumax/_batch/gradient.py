@@ -54,10 +54,11 @@ def at_once(
         value, vjp, ((_, weight), (aux, state)) = jax.vjp(fun, live, has_aux=True)
         grads = vjp(jnp.ones_like(value))[0]
     else:
-        weight = pruned(lambda live: read(live)[0].weight, live) if weighted else None
-        # The weight has an effect, which must not happen twice, or a vmap sees this.
-        carried = weighted and weight is None
-        if carried or is_transformed((call.arrays, begun)):
+        weight, carried = None, is_transformed((call.arrays, begun))
+        if weighted and not carried:
+            weight = pruned(lambda live: read(live)[0].weight, live)
+            carried = weight is None  # it has an effect, which must not happen twice
+        if carried:
 
             def taken(values: Any) -> jax.Array | None:
                 return has_items(values[1]) if weighted else None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from .._sums import Small, square_of
-from .._xla.loops import at_most_once
+from .._xla.loops import at_most_once, never
 from .split import Part
 
 
@@ -30,10 +30,9 @@ def measured(
 
         def rewritten(carry: Any) -> Any:
             square = square_of(carry[0])
-            never = (square != square) & (square == square)
 
             def kept(g: jax.Array) -> jax.Array:
-                return jnp.where(never, 0, g).astype(g.dtype)
+                return jnp.where(never(square), 0, g).astype(g.dtype)
 
             return jax.tree.map(kept, carry[0]), square
 

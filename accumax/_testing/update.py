@@ -270,12 +270,12 @@ def coupled(
     which `weights` has the numbers.
     """
     assert big.gradient is not None
-    whole, each = (np.concatenate(_flat(g)) for g in (big.gradient(params, batch), ()))
-    for weight, grads in zip(weights, gradients, strict=True):
-        part = np.concatenate(_flat(grads)) * (weight / sum(weights))
-        each = part if not each.size else each + part
+    whole = _flat(big.gradient(params, batch))
+    shares = np.asarray(weights) / np.sum(weights)
+    pairs = zip(shares, gradients, strict=True)
+    mean = np.sum([share * _flat(grads) for share, grads in pairs], axis=0)
     size = np.linalg.norm(whole)
-    return float(np.linalg.norm(each - whole) / size) if size else 0.0
+    return float(np.linalg.norm(mean - whole) / size) if size else 0.0
 
 
 def hides_scale(big: Reference, params: PyTree, batch: PyTree) -> bool:
@@ -291,13 +291,14 @@ def hides_scale(big: Reference, params: PyTree, batch: PyTree) -> bool:
     pair = [_first_update(big.optimizer, g, live) for g in (grads, twice)]
     if any(updates is None for updates in pair):
         return False
-    once, again = (np.concatenate(_flat(updates)) for updates in pair)
+    once, again = map(_flat, pair)
     moved = np.linalg.norm(once)
     return bool(moved > 0 and np.linalg.norm(again - once) < 0.1 * moved)
 
 
-def _flat(tree: PyTree) -> list[np.ndarray]:
-    return [np.zeros(0), *(numbers(x) for x in by_path(tree).values())]
+def _flat(tree: PyTree) -> np.ndarray:
+    """All numbers of `tree`, in one axis."""
+    return np.concatenate([np.zeros(0), *map(numbers, by_path(tree).values())])
 
 
 def _first_update(

@@ -97,15 +97,9 @@ def has_own_refs_alone(program: ClosedJaxpr) -> bool:
     """Whether no effect of `program` but those on refs of its own is to be seen."""
     if any(map(_is_ref, program.consts)):
         return False
-
-    def names_an_axis(jaxpr: Any) -> bool:  # of a `jax.vmap`, without an effect
-        return any(
-            "axis_name" in eqn.params or any(map(names_an_axis, inner_jaxprs(eqn)))
-            for eqn in jaxpr.eqns
-        )
-
-    own = all(map(_is_on_refs, program.jaxpr.effects))
-    return own and not names_an_axis(program.jaxpr)
+    # Of a `jax.vmap`; a permutation along one has no effect.
+    names_an_axis = any("axis_name" in eqn.params for eqn in _eqns(program.jaxpr))
+    return not names_an_axis and all(map(_is_on_refs, program.jaxpr.effects))
 
 
 def unchanged_leaves(fun: Callable[[PyTree], PyTree], tree: PyTree) -> list[bool]:
@@ -205,17 +199,20 @@ def exchanges(names: tuple[str, ...], fun: Callable[..., Any], *args: Any) -> bo
     Call it in a `jax.shard_map` over the axes.
     """
 
-    def walk(jaxpr: Any) -> bool:
-        for eqn in jaxpr.eqns:
-            leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
-            named = any(x in names for x in leaves if isinstance(x, str))
-            if named and eqn.primitive.name not in _SILENT:
-                return True
-            if any(map(walk, inner_jaxprs(eqn))):
-                return True
-        return False
+    def along(eqn: Any) -> bool:
+        leaves = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
+        named = any(x in names for x in leaves if isinstance(x, str))
+        return named and eqn.primitive.name not in _SILENT
 
-    return walk(jax.make_jaxpr(fun)(*args).jaxpr)
+    return any(map(along, _eqns(jax.make_jaxpr(fun)(*args).jaxpr)))
+
+
+def _eqns(jaxpr: Any) -> Iterator[Any]:
+    """The equations of `jaxpr`, at any depth."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from _eqns(inner)
 
 
 def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:

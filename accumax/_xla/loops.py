@@ -70,8 +70,12 @@ def after(tree: PyTree, i: int) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if _tree.is_differentiable(x)]
     firsts = [jnp.real(x.ravel()[0]).astype(jnp.float32) for x in leaves if x.size]
     seen = sum(firsts, jnp.zeros((), jnp.float32))
-    never = (seen != seen) & (seen == seen)
-    return jnp.where(never, 0, jnp.int32(i))
+    return jnp.where(never(seen), 0, jnp.int32(i))
+
+
+def never(seen: jax.Array) -> jax.Array:
+    """() bool: false, of which XLA knows only that it depends on `seen`, () float."""
+    return (seen != seen) & (seen == seen)
 
 
 def reset(sums: PyTree, first: jax.Array, seed: ArrayLike = 1.0) -> Any:

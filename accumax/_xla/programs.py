@@ -33,11 +33,11 @@ def run_isolated(
     if unless is not None and unless(program.jaxpr):
         return None
     operands = jax.tree.leaves(args)
-    if as_one and _HAS_REFS_IN_ONE and has_own_refs_alone(program):
-        arrays = program.consts, operands
-        if not _is_differentiated(arrays):
-            return join(_as_one(program)(*arrays))
-    elif hands_on_refs(program.jaxpr):
+    arrays = program.consts, operands
+    alone = as_one and _HAS_REFS_IN_ONE and has_own_refs_alone(program)
+    if alone and not _is_differentiated(arrays):
+        return join(_as_one(program)(*arrays))
+    if hands_on_refs(program.jaxpr):
         _forbid_vmap(_tracers((operands, program.consts)))
     return join(jaxpr_as_fun(program)(*operands))
 
