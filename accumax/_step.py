@@ -166,7 +166,7 @@ class Step:
             items = jnp.where(out.accepted, items, 0)
         sums, accepted = add(sums, weight=items, args=extra_args, first=first)
 
-        small = window.accumulator.part(out.small, items, self.weighted)
+        small = window.accumulator.part(out.part, items, self.weighted)
         progress = window.progress(opt_state, accepted & out.accepted, flush)
         params, opt_state = close(
             window, params, opt_state, sums, progress, extra_args, small

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _tree
+from ._noise import Share, Small
 from ._types import ArrayLike, DTypeLike, NonFinite, PyTree, Reduction
 
 
@@ -28,29 +29,6 @@ class Sums(NamedTuple):
     grads: PyTree
     weight: jax.Array
     args: dict[str, jax.Array]
-
-
-class Small(NamedTuple):
-    """A part of a window, measured for `accumax.noise_scale`.
-
-    Attributes:
-      square: () float, the squared norm of its sum of gradients.
-      weight: () float, its weight.
-    """
-
-    square: jax.Array
-    weight: jax.Array
-
-
-def square_of(tree: PyTree) -> jax.Array:
-    """() float: the sum of the squares of all elements, in at least float32."""
-
-    def square(x: jax.Array) -> jax.Array:
-        x = jnp.abs(x) if jnp.iscomplexobj(x) else x
-        # As in the state, also for sums in float64.
-        return jnp.sum(x.astype(_tree.wide(x.dtype)) ** 2).astype(float)
-
-    return sum(map(square, jax.tree.leaves(tree)), jnp.zeros((), float))
 
 
 def _as_it_is(x: Any) -> Any:
@@ -105,14 +83,12 @@ class Accumulator:
         """Returns the factor of a gradient that is added; see `add`."""
         return weight if self.reduction == "mean" and not summed else 1.0
 
-    def part(
-        self, small: Small | None, weight: jax.Array, summed: bool
-    ) -> Small | None:
-        """Returns `small`, a part of a call of weight 1, for a call that `add` adds."""
-        if small is None:
+    def part(self, part: Share | None, weight: jax.Array, summed: bool) -> Small | None:
+        """Returns a part of a call as a part of a window to which `add` adds it."""
+        if part is None:
             return None
         scale = self.scale(weight, summed)
-        return Small(small.square * scale**2, small.weight * weight)
+        return Small(part.square * scale**2, part.share * weight)
 
     def add(
         self,

@@ -14,6 +14,7 @@ from ._batch.gradient import Gradient
 from ._batch.loss import Call, StatefulLoss, stateless
 from ._batch.outputs import check_aux_wanted, check_each_reduction
 from ._batch.scan import Loop
+from ._batch.small import noise_of
 from ._batch.split import split
 from ._devices.one import ONE
 from ._devices.reduce_axis import ReduceAxis, check_reduce_axis
@@ -40,7 +41,8 @@ def value_and_grad(
     unroll: int | bool = 1,
     in_place: bool = True,
     reduce_axis: ReduceAxis | None = None,
-) -> Callable[..., tuple[Any, PyTree]]:
+    track_noise: bool = False,
+) -> Callable[..., tuple[Any, ...]]:
     r"""`jax.value_and_grad` of the whole batch, at the memory of one microbatch.
 
     The batch is divided into microbatches, and one scan adds up their gradients. A loss
@@ -122,9 +124,17 @@ def value_and_grad(
         devices. Each device folds its index into its keys. Of the aux, "last" is the
         last device's, and "stack" has the microbatches device after device.
 
+      track_noise: return a third value for `accumax.noise_scale`, whose small batch is
+        the first microbatch or, with `reduce_axis`, what each device has; their weights
+        must then be about equal. With `unroll` on a CPU, it may keep half a gradient
+        more.
+
     Returns:
       A function of the arguments of `fun` that returns `(value, gradient)`, with aux
-      `((value, aux), gradient)`, in the dtypes of `jax.value_and_grad`. To
+      `((value, aux), gradient)`, in the dtypes of `jax.value_and_grad`. With
+      `track_noise` it is `(value, gradient, noise)`, where `noise` is a pytree of ()
+      floats from this call alone, to be averaged over calls: zeros if it had one
+      microbatch, or a gradient that is not finite. To
       differentiate the function again, pass `in_place=False`. With several losses it
       has no derivative in reverse mode, because of its loops.
 
@@ -171,11 +181,12 @@ def value_and_grad(
         unroll=unroll,
         in_place=in_place,
         reduce_axis=reduce_axis,
+        track_noise=track_noise,
     )
     losses = tuple(stateless(f, has_aux=has_aux, weighted=weighted) for f in funs)
 
     @functools.wraps(funs[0], updated=())
-    def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
+    def value_and_grad_fun(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         return gradient(losses, (), (), args, kwargs)[1]
 
     return value_and_grad_fun
@@ -198,7 +209,8 @@ def gradients(
     unroll: int | bool = 1,
     in_place: bool = True,
     reduce_axis: ReduceAxis | None = None,
-) -> Callable[..., tuple[PyTree, tuple[Any, PyTree]]]:
+    track_noise: bool = False,
+) -> Callable[..., tuple[PyTree, tuple[Any, ...]]]:
     """`value_and_grad` of losses that are only known at the call, and have a state.
 
     Args:
@@ -211,7 +223,17 @@ def gradients(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'{reduction=} must be "mean" or "sum".')
-    _tree.check_flags(has_aux=has_aux, weighted=weighted, in_place=in_place)
+    _tree.check_flags(
+        has_aux=has_aux,
+        weighted=weighted,
+        in_place=in_place,
+        track_noise=track_noise,
+    )
+    if track_noise and weighted and (losses or 1) > 1:
+        raise ValueError(
+            f"track_noise=True with {losses} weighted losses: each is divided by its "
+            "own weight, so no single unit counts their items. Measure one of them."
+        )
     divide = split(microbatch_size, microbatches, batch_argnums, rng_argnums, unroll)
     positions = check_argnums(argnums)
     several_args = not hasattr(argnums, "__index__")
@@ -233,13 +255,17 @@ def gradients(
         state: PyTree,
         args: tuple,
         kwargs: dict[str, Any],
-    ) -> tuple[PyTree, tuple[Any, PyTree]]:
+    ) -> tuple[PyTree, tuple[Any, ...]]:
         differentiated = at(positions, args)
         call = Call(args, kwargs, differentiated, given, state, limit=num_microbatches)
         _check_live(call)
         here = dataclasses.replace(loop, losses=stateful)
-        out = Gradient(here, divide, accumulated, devices)(call)
+        measures = jnp.bool_(True) if track_noise else None
+        out = Gradient(here, divide, accumulated, devices, measures=measures)(call)
         grads, _ = accumulated.result(Sums(out.grads, out.weight, {}))
+        noises = ()
+        if out.part is not None:
+            noises = (noise_of(out.part, grads, out.weight if here.mean else None),)
 
         def seen(x: jax.Array) -> jax.Array:
             # No state could count a weight that cannot be: the result says it.
@@ -250,7 +276,8 @@ def gradients(
         auxs = tuple(loss.aux for loss in out.losses)
         value, aux = (values[0], auxs[0]) if losses is None else (values, auxs)
         result = (value, aux) if has_aux else value
-        return out.state, (result, grads if several_args else grads[0])
+        grads = grads if several_args else grads[0]
+        return out.state, (result, grads, *noises)
 
     return run
 
@@ -273,7 +300,8 @@ def grad(
       fun, argnums, has_aux, **options: as for `accumax.value_and_grad`.
 
     Returns:
-      A function that returns the gradient; with `has_aux`, `(gradient, aux)`.
+      A function that returns the gradient; with `has_aux`, `(gradient, aux)`. With
+      `track_noise`, the noise comes last.
 
     >>> import accumax, jax
     >>> import jax.numpy as jnp
@@ -285,7 +313,8 @@ def grad(
 
     @functools.wraps(both, updated=())
     def grad_fun(*args: Any, **kwargs: Any) -> PyTree:
-        value, grads = both(*args, **kwargs)
-        return (grads, value[1]) if has_aux else grads
+        value, grads, *noise = both(*args, **kwargs)
+        found = (grads, *(value[1:] if has_aux else ()), *noise)
+        return found if len(found) > 1 else grads
 
     return grad_fun

@@ -228,6 +228,168 @@ def test_the_first_microbatch_of_an_open_window_is_not_measured_again():
     assert jnp.isfinite(accumax.noise_scale(state))
 
 
+GRADIENTS = {  # of 16 rows: the loss and the options
+    "mean": ("mean", {}),
+    "tail": ("mean", {"microbatch_size": 3}),
+    "unrolled": ("mean", {"unroll": True}),
+    "carried": ("mean", {"in_place": False}),
+    "the first three": ("mean", {"num_microbatches": 3}),
+    "several": (("mean", "twice"), {}),
+    "sum": ("sum", {"reduction": "sum"}),
+    "weighted": ("weighted", {"weighted": True}),
+    "weighted sum": ("weighted", {"weighted": True, "reduction": "sum"}),
+    "half": ("mean", {"accumulator_dtype": jnp.bfloat16}),
+}
+
+
+def average_of(call, keys):
+    """The mean of the noises of many calls, as a user would average them."""
+    like = jax.eval_shape(call, keys[0])
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+
+    def add(average, key):
+        return jax.tree.map(lambda a, n: a + n / len(keys), average, call(key)), None
+
+    return jax.jit(functools.partial(jax.lax.scan, add))(start, keys)[0]
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_a_gradient_within_a_call_tells_its_noise(kind):
+    """The noise scale is 9 rows, and in rows."""
+    names, options = GRADIENTS[kind]
+    losses = {
+        "mean": lambda w, x: jnp.mean(x @ w),
+        "twice": lambda w, x: 2 * jnp.mean(x @ w),
+        "sum": lambda w, x: jnp.sum(x @ w),
+        "weighted": lambda w, x: (jnp.sum(x[:, 1:] @ w[1:]), jnp.sum(x[:, 0])),
+    }
+    fun = losses[names] if isinstance(names, str) else [losses[n] for n in names]
+    options = {"microbatch_size": 4} | options
+    f = accumax.value_and_grad(fun, track_noise=True, **options)
+    w = jnp.zeros(401)
+
+    def rows(key):
+        x = rows_of(key, 1, 16, dim=401)[0].at[:, 0].set(1)
+        return x.at[::4].set(0) if names == "weighted" else x
+
+    keys = jax.random.split(jax.random.key(5), 300)
+    noise = average_of(lambda key: f(w, rows(key))[2], keys)
+    assert abs(accumax.noise_scale(noise) / 9 - 1) < 0.1
+    size = 9.0 if kind == "several" else 1.0  # the squared factor of the gradient
+    assert abs(noise.signal / (401 * size) - 1) < 0.1
+    assert noise.small_weight == pytest.approx(3 if kind == "tail" else 4)
+    # The gradient is what it is without.
+    x = rows(keys[0])
+    plain = jax.jit(accumax.value_and_grad(fun, **options))(w, x)
+    assert same_bits(jax.jit(f)(w, x)[:2], plain)
+    grads, noise = accumax.grad(fun, track_noise=True, **options)(w, x)
+    assert same_bits(grads, plain[1])
+    assert noise.signal != 0
+
+
+def test_a_gradient_of_one_microbatch_tells_nothing():
+    f = accumax.value_and_grad(loss_fn, microbatches=1, track_noise=True)
+    noise = jax.jit(f)(PARAMS, jnp.float32(ROWS))[2]
+    assert noise.signal == noise.spread == 0
+    assert jnp.isnan(accumax.noise_scale(noise))
+    rows = jnp.float32(ROWS).at[0].set(jnp.nan)
+    f = accumax.value_and_grad(loss_fn, microbatches=2, track_noise=True)
+    (_, grads, noise) = jax.jit(f)(PARAMS, rows)
+    assert jnp.isnan(grads["b"])
+    assert noise.signal == noise.spread == 0  # a NaN would stay in an average
+    with pytest.raises(ValueError, match="2 weighted losses"):
+        accumax.value_and_grad(
+            [weighted_loss] * 2, microbatches=2, weighted=True, track_noise=True
+        )
+    with pytest.raises(TypeError, match=r"track_noise=0\.9"):
+        accumax.value_and_grad(loss_fn, microbatches=2, track_noise=0.9)
+
+
+AXES = {
+    "data parallel": (lambda: "data", P()),
+    "FSDP": (lambda: accumax.FSDP("data", P("data")), P("data")),
+    "FSDP once": (lambda: accumax.FSDP("data", P("data"), once=True), P("data")),
+}
+
+
+@pytest.mark.parametrize("form", ["value_and_grad", "train_step"])
+@pytest.mark.parametrize("kind", AXES)
+def test_each_device_is_a_small_batch_of_a_call(kind, form):
+    axis, spec = AXES[kind]
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    options = {"microbatch_size": 8, "reduce_axis": axis()}
+
+    def loss(w, x):
+        return jnp.mean(x @ w)
+
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jnp.zeros(400), NamedSharding(mesh, spec))
+        keys = jax.random.split(jax.random.key(7), 300)
+        place = NamedSharding(mesh, P("data"))
+
+        def rows(key):
+            x = rows_of(key, 1, 16)[0]
+            return jax.lax.with_sharding_constraint(x, place)
+
+        if form == "value_and_grad":
+            f = accumax.value_and_grad(loss, track_noise=True, **options)
+            noise = average_of(lambda key: f(w, rows(key))[2], keys)
+            unit, weight = 1, noise.small_weight
+        else:
+            tx = accumax.accumulate(optax.sgd(0.0), 1, track_noise=True)
+            step = accumax.train_step(loss, tx, **options)
+
+            def call(state, key):
+                return step(w, state, rows(key))[1], None
+
+            scan = jax.jit(functools.partial(jax.lax.scan, call))
+            noise, _ = scan(tx.init(w), keys)
+            unit, weight = 16, 16 * noise.acc_args["noise"].small_weight
+        assert abs(accumax.noise_scale(noise) * unit / 9 - 1) < 0.1
+        # Where XLA reduces in each microbatch, the small batch is one of them.
+        assert weight == pytest.approx(8 if kind == "FSDP" else 4)
+
+
+def test_a_shard_does_not_tell_the_norm():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        axis = accumax.FSDP("data", P("data"), once=True)
+        f = accumax.value_and_grad(
+            lambda w, x: jnp.mean(x @ w),
+            microbatches=2,
+            reduce_axis=axis,
+            track_noise=True,
+        )
+        inside = jax.shard_map(
+            lambda w, x: f(w, x)[1],
+            in_specs=(P("data"), P("data")),
+            out_specs=P("data"),
+        )
+        with pytest.raises(ValueError, match=r"track_noise and accumax\.FSDP within"):
+            jax.jit(inside)(jnp.zeros(8), jnp.ones((16, 8)))
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 3}, {"reduce_axis": "x"}])
+def test_the_noise_of_a_gradient_costs_no_buffer(options):
+    params = {"w": jnp.ones((64, 64)), "v": jnp.ones((64, 64))}
+
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(jnp.tanh(x @ params["w"]) @ params["v"]) ** 2)
+
+    def report(track_noise):
+        f = accumax.value_and_grad(
+            loss, track_noise=track_noise, **({"microbatch_size": 4} | options)
+        )
+        return accumax.audit(f, params, jnp.ones((16, 64)))
+
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        plain, tracked = report(False), report(True)
+    assert tracked.memory.temp <= plain.memory.temp + 1024  # of 32768
+    assert tracked.memory.output <= plain.memory.output + 64  # four scalars
+    assert len(tracked.copies) <= len(plain.copies)
+
+
 def test_the_noise_of_windows_of_unlike_calls_is_that_of_their_rows():
     tx = accumax.accumulate(optax.sgd(0.0), 3, track_noise=0.98)
     params = jnp.zeros(400)

@@ -17,6 +17,7 @@ from .._xla.refs import add_backward
 from .loss import Call, Loss, StatefulLoss, fresh, with_live
 from .outputs import aux_specs
 from .scan import Loop, Outcome, add_carried
+from .small import share_of_device
 from .split import Split
 
 
@@ -89,7 +90,9 @@ class Gradient:
       devices: where the rows, the parameters and the sums are.
       whole: for a mean over rows. If true, the weights of all microbatches sum to 1.
         If false, each is at most 1, and the caller divides by `Outcome.weight`.
-      measures: on one device, () bool: whether to measure the first microbatch.
+      measures: () bool, whether to measure a part of the call, `Outcome.part`: what one
+        device has of it or, where no device has sums of its own, the first microbatch.
+        None never does.
     """
 
     loop: Loop
@@ -109,6 +112,8 @@ class Gradient:
         divide, by_place, named = self.divide.per_device(
             devices, source, call.argnums, args, call.kwargs
         )
+        if self.measures is not None:
+            devices.check_measured()
         specs = [devices.arg(n, args[n], spec) for n, spec in enumerate(by_place)]
         same: Any = PartitionSpec()
 
@@ -119,22 +124,25 @@ class Gradient:
             state: Any,
             limit: Any,
             begun: OpenSums | None,
+            measures: jax.Array | None,
         ) -> Outcome:
             here = dataclasses.replace(
                 call, args=args, kwargs=kwargs, given=given, state=state, limit=limit
             )
             if begun is not None:
                 begun = begun._replace(sums=devices.unstack(begun.sums))
-            out = self._run(devices, divide, here, begun)
+            own = dataclasses.replace(self, measures=measures)
+            out = own._run(devices, divide, here, begun)
             return out._replace(grads=devices.stack(out.grads))
 
+        passed = args, call.kwargs, call.given, call.state, call.limit
         specs_of_call = tuple(specs), named, same, same, same
         losses = [Loss(same, same, aux_specs(how, devices)) for how in self.loop.aux]
         return devices.map(
             on_device,
-            (args, call.kwargs, call.given, call.state, call.limit, begun),
-            (*specs_of_call, begun and OpenSums(devices.sums, same)),
-            Outcome(losses, devices.sums, same, same, same),
+            (*passed, begun, self.measures),
+            (*specs_of_call, begun and OpenSums(devices.sums, same), same),
+            Outcome(losses, devices.sums, same, same, same, same),
         )
 
     def _run(
@@ -169,6 +177,10 @@ class Gradient:
             devices,
             grads,
             seed=seed,
-            measures=self.measures,
+            measures=None if devices.own_sums else self.measures,
         )
+        if devices.own_sums and self.measures is not None:
+            unit = 1 if loop.weighted else parts.unit
+            part = share_of_device(out, unit, devices, self.measures)
+            out = out._replace(part=part)
         return out._replace(grads=devices.end(held, out.grads))

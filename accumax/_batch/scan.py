@@ -11,7 +11,8 @@ from jax import lax
 
 from .. import _tree
 from .._devices.one import ONE, Devices
-from .._sums import Small, Sums, accumulator, has_items, is_valid_weight
+from .._noise import Share
+from .._sums import Sums, accumulator, has_items, is_valid_weight
 from .._types import ArrayLike, PyTree
 from .._xla.jaxprs import pruned, unchanged_leaves
 from .._xla.loops import at_most_once
@@ -20,7 +21,7 @@ from .._xla.refs import add_backward
 from .._xla.varying import match_varying, on_mesh_of, typed_like
 from .loss import Call, Loss, StatefulLoss, with_live
 from .outputs import check_aux_leaves, reducer
-from .small import measured
+from .small import measured, nothing, share_of
 from .split import Part, Parts
 
 _TREES = accumulator()  # only for `add`, which keeps the dtypes of the sums
@@ -37,8 +38,7 @@ class Outcome(NamedTuple):
       accepted: () bool, false if a microbatch's weight was negative or not finite;
         that microbatch was left out.
       state: the state after the last microbatch.
-      small: the first microbatch that has a weight, as a part of the whole weight, if
-        it was measured.
+      part: a part of the call, if it was measured.
     """
 
     losses: list[Loss]
@@ -46,7 +46,7 @@ class Outcome(NamedTuple):
     weight: jax.Array
     accepted: jax.Array
     state: PyTree
-    small: Small | None = None
+    part: Share | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +87,8 @@ class Loop:
           devices: the devices.
           grads: the accumulator, a tree for each of `call.argnums`.
           seed: maps the rows of a microbatch, static, to the factor of its gradient.
-          measures: () bool, whether to measure the first microbatch of one loss;
-            `grads` is then zero. None never does.
+          measures: () bool, whether to measure the first microbatch; `grads` is then
+            zero. None never does.
         """
         if self.in_place and is_transformed((call.arrays, grads)):
             self = dataclasses.replace(self, in_place=False)
@@ -106,13 +106,14 @@ class Loop:
         if self.weighted and self.mean and len(terms) > 1:
             total, factors = _one_divisor(terms, parts, devices)
 
-        body, small = _body(terms, factors), None
+        body, part = _body(terms, factors), None
         carry = sums, [term.begin() for term in terms], state
         if measures is None:
             sums, seen, state = parts.scan(body, carry)
         else:
-            begun = carry, Small(jnp.zeros((), float), jnp.zeros((), float))
-            (sums, seen, state), small = parts.scan(measured(body, measures), begun)
+            body = measured(body, measures)
+            (sums, seen, state), small = parts.scan(body, (carry, nothing()))
+            part = share_of(small, seen[0].weight, 1 if self.weighted else parts.unit)
 
         def together(devices: Devices) -> Any:
             each = [t.combine(devices, s) for t, s in zip(terms, seen, strict=True)]
@@ -123,9 +124,7 @@ class Loop:
         accepted = jnp.all(~jnp.stack([s.refused for s in seen]))
         losses = [term.end(s) for term, s in zip(terms, seen, strict=True)]
         total = seen[0].weight if total is None else total
-        if small is not None:
-            small = small._replace(weight=small.weight / jnp.where(total > 0, total, 1))
-        return Outcome(losses, grads, total, accepted, state, small)
+        return Outcome(losses, grads, total, accepted, state, part)
 
 
 class _Seen(NamedTuple):

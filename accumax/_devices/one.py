@@ -29,6 +29,7 @@ class Devices:
       needs_rows: whether each call must name the arguments that hold rows, because
         devices divide the rows.
       in_place: whether a backward pass may add into the sums of a device in place.
+      own_sums: whether each device has a whole sum of its own until `end`.
       sums_are_total: whether `boundary` leaves the sum over devices in the sums.
       count: the number of devices.
       parts: the number of sums that a window has, one for each device or one for all.
@@ -40,6 +41,7 @@ class Devices:
 
     needs_rows = False
     in_place = True
+    own_sums = False
     sums_are_total = True
     count = 1
     parts = 1
@@ -114,6 +116,13 @@ class Devices:
         """Returns `fun(self)`: it reduces `own` over devices; `own` for one device."""
         del fun
         return own
+
+    def check_measured(self) -> None:
+        """Checks that the norm of sums can be told after a call.
+
+        Raises:
+          ValueError: a device sees only a shard of them.
+        """
 
     def check_unreduced(self, name: str, tree: PyTree) -> None:
         """Checks that `tree` is per-device, and not reduced already."""

@@ -39,6 +39,7 @@ class Replicated(Devices):
     reduce_dtype: Any = dataclasses.field(default=None, kw_only=True)
 
     needs_rows = True
+    own_sums = True
 
     @property
     def names(self) -> tuple[str, ...]:

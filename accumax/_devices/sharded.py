@@ -101,6 +101,18 @@ class Sharded(Replicated):
         return self.once
 
     @property
+    def own_sums(self) -> bool:
+        return self.once
+
+    def check_measured(self) -> None:
+        if self.axes.in_shard_map:
+            raise ValueError(
+                "track_noise and accumax.FSDP within your own shard_map: a device has "
+                "a shard of the gradient there, and not its norm. Leave the shard_map "
+                "to accumax: call this outside of it, under jax.set_mesh."
+            )
+
+    @property
     def sums(self) -> Any:
         return tuple(map(specs_of, self.cuts.values()))
 

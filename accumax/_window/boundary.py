@@ -9,7 +9,8 @@ import optax
 from jax import lax
 
 from .. import _tree
-from .._sums import Small, Sums, divides, square_of
+from .._noise import Small, square_of
+from .._sums import Sums, divides
 from .._types import ArrayLike, PyTree
 from .checks import check_flush
 from .state import AccumulateState, Progress, gradient_of
@@ -90,7 +91,7 @@ def close(
 ) -> tuple[PyTree, AccumulateState]:
     """Runs the boundary in place; touches nothing unless the window closes.
 
-    `small` is the call's first microbatch, if it was measured.
+    `small` is a part of the call, if it was measured.
     """
     live = jax.tree.map(_tree.strong, window.seen(state, params))
     seen = jax.tree.map(

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from .. import _tree
 from .._devices.one import Devices
-from .._sums import Accumulator, Small, Sums, square_of
+from .._noise import Noise, Small, estimate, square_of
+from .._sums import Accumulator, Sums
 from .._types import PyTree
 from .._xla.loops import at_most_once
-from .state import MEASURES, NOISE, NORM, AccumulateState, Noise, is_state
+from .state import MEASURES, NOISE, NORM, AccumulateState, is_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Measure:
         return {name: found[name] for name in self.names}
 
     def wants_small(self, state: AccumulateState, devices: Devices) -> jax.Array | None:
-        """Whether a call of microbatches should measure its first one, () bool.
+        """Whether a call of microbatches should measure a part of it, () bool.
 
         None if it never should.
         """
-        if self.decay is None or devices.count > 1:
+        if self.decay is None or devices.parts > 1:
             return None
         return state.acc_weight == 0
 
@@ -62,8 +63,8 @@ class Measure:
         """Measures a part of the window, beside which the window is the large batch.
 
         Where several devices have sums of their own it is one device, in the call that
-        closes the window. On one device it is the first call, or its first microbatch,
-        which `measured` knows.
+        closes the window. Else it is the first call or a part of it, its first
+        microbatch or what one device has of it, which `measured` knows.
         """
         if self.decay is None:
             return None
@@ -97,7 +98,7 @@ class Measure:
           devices: of the sums.
           square: () float, the squared norm of the gradient that the inner
             transformation saw; None to read it from `sums`.
-          small: the call's first microbatch, measured; None if it has no other.
+          small: a part of the call, measured; None if it has no part.
         """
         if not self.names:
             return {}
@@ -137,13 +138,10 @@ class Measure:
         assert self.decay is not None
         divides, decay = self.accumulator.reduction != "sum", self.decay
         large = square if divides else square / weight**2
-        least = noise.small_weight
-        small = noise.small_square / least**2
-        signal = (weight * large - least * small) / (weight - least)
-        spread = (small - large) / (1 / least - 1 / weight)
+        small = Small(noise.small_square, noise.small_weight)
+        signal, spread, known = estimate(small, large, weight)
         # A window of one call has no smaller batch; a NaN must not stay in an average.
-        counts = applies & (weight > least) & (least > 0)
-        counts &= jnp.isfinite(signal) & jnp.isfinite(spread)
+        counts = applies & known
 
         def average(old: jax.Array, new: jax.Array) -> jax.Array:
             return _pick(counts, decay * old + (1 - decay) * new, old)
@@ -223,7 +221,9 @@ def noise_scale(opt_state: Any) -> jax.Array:
 
     Args:
       opt_state: the state of an `accumax.accumulate(..., track_noise=True)`, or a state
-        that holds one.
+        that holds one. Or the noise of an `accumax.value_and_grad(...,
+        track_noise=True)`, whose unit is rows or, of a weighted loss, weights. Average
+        it over calls, as any tree, before you pass it.
 
     Returns:
       NaN before the first window of at least two calls (or two microbatches of
@@ -252,13 +252,17 @@ def noise_scale(opt_state: Any) -> jax.Array:
       first microbatch, and at its end, or of each device's own sum, so no gradient tree
       is needed.
     """
-    for state in filter(is_state, jax.tree.leaves(opt_state, is_leaf=is_state)):
-        noise = state.acc_args.get(NOISE)
+
+    def ends(x: Any) -> bool:
+        return is_state(x) or isinstance(x, Noise)
+
+    for found in jax.tree.leaves(opt_state, is_leaf=ends):
+        noise = found.acc_args.get(NOISE) if is_state(found) else found
         if isinstance(noise, Noise):  # and not an averaged argument of this name
             seen = (noise.spread != 0) | (noise.signal != 0)
             return jnp.where(seen, noise.spread / noise.signal, jnp.nan)
     raise TypeError(
-        f"noise_scale found no state that tracks the noise in a "
+        "noise_scale found no state that tracks the noise in a "
         f"{type(opt_state).__name__}. Make the transformation with "
         "accumax.accumulate(..., track_noise=True)."
     )

@@ -11,23 +11,6 @@ from .._types import PyTree
 MEASURES = NORM, NOISE = "grad_norm", "noise"
 
 
-class Noise(NamedTuple):
-    """The sums from which `accumax.noise_scale` is computed, () float each.
-
-    Attributes:
-      small_square: the squared norm of the sum of a part of the window: of its first
-        call, of the first microbatch of this call, or of one device.
-      small_weight: the weight of this part.
-      signal: the squared norm of the true gradient, an average over windows.
-      spread: the trace of the covariance of the gradient of one item, an average.
-    """
-
-    small_square: jax.Array
-    small_weight: jax.Array
-    signal: jax.Array
-    spread: jax.Array
-
-
 class AccumulateState(NamedTuple):
     """State of `accumulate`: arrays only, so it can be saved, donated and sharded.
 
