@@ -9,6 +9,7 @@ an accumulated gradient, and says how much each microbatch counts in it.
 """
 
 import dataclasses
+import functools
 import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,8 @@ import jax
 import numpy as np
 import optax
 
-from ._testing import update
+from ._testing import reference as references
+from ._testing import sentences, update
 from ._testing.checks import (
     check_alternatives,
     check_count,
@@ -30,24 +32,6 @@ from ._testing.evidence import Evidence, by_path, gather
 from ._testing.faults import Context, diagnose
 from ._testing.update import Distance
 from ._types import PyTree
-
-_HIDDEN = (
-    "The first update of this optimizer is nearly the same for a gradient of twice the "
-    "size, so a wrong scale or a mean of means may pass. Check with optax.sgd(1.0) too."
-)
-_ROUNDING = 1e-3  # of a gradient in float32, relative to it
-_COUPLED = (
-    "The loss is not the mean over these items: the mean of its gradients over the "
-    "microbatches is {far:.1%} off its gradient for the batch. Where microbatches have "
-    "other weights (tokens), pass them as weights=. Else the loss couples the rows, as "
-    "a contrastive loss, a square root of the mean or BatchNorm do, and no mean of "
-    "microbatches is the big batch: see docs/coupled_losses.md."
-)
-_DISAGREE = (
-    "Update and diagnosis disagree. The diagnosis takes each row for one item. Where "
-    "microbatches have other weights (tokens), pass them as weights=. Else the step "
-    "has another optimizer."
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +260,10 @@ def check_update(
       microbatches: those of one window, each a tree of arrays with an axis of rows.
       reference: `(loss_fn, optimizer)`, where `loss_fn(params, batch)` is the mean over
         the batch and `optimizer` is what the step runs once in a window; or a function
-        `(params, batch) -> new params`. It is called with float64 arrays, too, so it
-        must not cast to float32.
+        `(params, batch) -> new params`. For the truth, its program runs with each
+        operation in float64, also those of a loss that casts to bfloat16; random
+        numbers stay the same. Where that is impossible (a kernel, a `jax.Ref`), it is
+        called with float64 arrays instead.
       call: `(step, params, opt_state, microbatch) -> (params, opt_state)`, for steps of
         another signature. For a Flax train state, which is then `opt_state`:
 
@@ -294,7 +280,8 @@ def check_update(
         lambda m: m / (1 - b1), optax.tree.get(state, "mu"))`.
       weights: (k,) the items of each microbatch, for the diagnosis; their rows by
         default.
-      devices, alternatives: as for `coefficients`.
+      devices, alternatives: as for `coefficients`. A repeated dropout mask is seen only
+        if gradients that have it are an alternative.
       factor: the bound.
 
     Returns:
@@ -303,6 +290,10 @@ def check_update(
       A warning says so, unless `coefficients` finds the gradient right. Adam also turns
       rounding into whole steps where the true gradient is 0, as for the bias of a key
       in attention; there, a right step may fail. Check with SGD.
+
+      It sees one window. A sum that is never reset, or a schedule that counts calls,
+      shows in the next one: call it again with the parameters and the state after the
+      first, and an optimizer without a state or a function as reference.
 
     Raises:
       AssertionError: the step is wrong.
@@ -333,12 +324,13 @@ def check_update(
         )
     if not factor >= 1:
         raise ValueError(f"{factor=} must be at least 1: 2 times the big batch's own.")
-    big = update.reference_of(reference)
+    big = references.reference_of(reference)
     batch = (join or update.join)(microbatches)
     calls = [batch] if once else microbatches
     after, state = update.window(step, params, opt_state, calls, call or update.call)
-    distances = update.distances(big, params, batch, after)
+    distances, own = update.distances(big, params, batch, after)
     found, notes, gradients = None, [], []
+    unseen = sentences.UNSEEN.format(own=own) if own > sentences.VISIBLE else ""
     items = update.rows(microbatches) if weights is None else weights
     read = update.read_gradient(big, gradient, params, after, state, batch)
     if isinstance(read, str) or big.gradient is None:
@@ -347,29 +339,39 @@ def check_update(
         notes.append("There is no diagnosis: fewer numbers than microbatches.")
     else:
         gradients = [big.gradient(params, x) for x in microbatches]
-        found = coefficients(
+        of_gradients = functools.partial(
+            coefficients,
             read.gradient,
             gradients,
             weights=items,
             tolerance=read.tolerance,
             devices=devices,
-            alternatives=alternatives,
         )
+        found = of_gradients(alternatives=alternatives)
+        if found.fault not in ("none", *(alternatives or ())):
+            moving = references.moving(big, params, microbatches, items)
+            again = of_gradients(alternatives=moving)
+            if again.fault in moving:
+                found = dataclasses.replace(again, diagnosis=sentences.MOVING)
     report = UpdateReport(distances, factor, found)
     right = found is not None and found.fault == "none"
     hidden = ""
-    if report.passed and not right and update.hides_scale(big, params, batch):
-        hidden = _HIDDEN
+    if report.passed and not right and references.hides_scale(big, params, batch):
+        hidden = (
+            sentences.HIDDEN
+            if found is None
+            else sentences.HIDES.format(fault=found.fault)
+        )
     elif found is not None and right != report.passed:
-        far = update.coupled(big, params, batch, gradients, items)
-        if far > _ROUNDING:
-            notes.append(_COUPLED.format(far=far))
+        far = references.coupled(big, params, batch, gradients, items)
+        if far > sentences.ROUNDING:
+            notes.append(sentences.COUPLED.format(far=far))
         elif weights is None:
-            notes.append(_DISAGREE)
-    notes += [hidden] if hidden else []
+            notes.append(sentences.DISAGREE)
+    notes += filter(None, (hidden, unseen))
     report = dataclasses.replace(report, note="\n".join(notes))
     if not report.passed:
         raise AssertionError(f"The update is not the big batch's.\n{report}")
-    if hidden:
-        warnings.warn(hidden, stacklevel=2)
+    for text in filter(None, (hidden, unseen)):
+        warnings.warn(text, stacklevel=2)
     return report

@@ -12,6 +12,7 @@ from problems import data, init, loss_fn, microbatches
 
 import accumax
 import accumax.testing
+from accumax._testing.precise import in_float64
 
 UNEVEN = [8, 8, 5, 3]
 coefficients = accumax.testing.coefficients
@@ -915,3 +916,185 @@ def test_a_factor_of_the_rows_of_a_microbatch(factor, fault, words, rows):
     found = coefficients(combine(weights, parts), parts, weights=rows)
     assert found.fault == fault
     assert words in " ".join(str(found).split())
+
+
+def dropped(params, batch):
+    """A loss that draws a mask for each row, from a key that the row has."""
+    hidden = jnp.tanh(batch["x"] @ params["w"])
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (6,)))(batch["key"])
+    return jnp.mean((2 * hidden * keep @ params["v"] - batch["x"][:, 0]) ** 2)
+
+
+def halved_products(params, batch):
+    """A loss of float32 parameters that computes in bfloat16."""
+    half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    hidden = jnp.tanh(batch["x"].astype(jnp.bfloat16) @ half["w"])
+    out = (hidden @ half["v"]).astype(jnp.float32)
+    return jnp.mean((out - batch["x"][:, 0]) ** 2)
+
+
+def drawn(sizes):
+    keys = jax.random.split(jax.random.key(3), sum(sizes))
+    x = jax.random.normal(jax.random.key(1), (sum(sizes), 5))
+    ends = np.cumsum(sizes)[:-1]
+    return [
+        {"x": a, "key": b}
+        for a, b in zip(jnp.split(x, ends), jnp.split(keys, ends), strict=True)
+    ]
+
+
+def two_matrices():
+    keys = jax.random.split(jax.random.key(0))
+    return {
+        "w": 0.5 * jax.random.normal(keys[0], (5, 6)),
+        "v": jax.random.normal(keys[1], (6,)),
+    }
+
+
+WRONG = {
+    "none": (1.0, "mean", 4, [4, 4, 4, 4]),
+    "mean of means": (1.0, "mean", 4, [5, 5, 5, 1]),
+    "sum for a mean": (1.0, "sum", 4, [4, 4, 4, 4]),
+    "wrong scale": (-0.3, "mean", 4, [4, 4, 4, 4]),
+    "lost tail": (1.0, "mean", 3, [4, 4, 4, 4]),
+}
+
+
+@pytest.mark.parametrize("loss", [dropped, halved_products])
+@pytest.mark.parametrize("fault", WRONG)
+def test_random_numbers_and_half_precision_hide_no_fault(fault, loss):
+    """The truth is the reference's own program in float64: the masks are the same."""
+    scale, reduction, every, sizes = WRONG[fault]
+    tx = accumax.accumulate(SGD, every, reduction=reduction)
+    step = jax.jit(accumax.train_step(lambda p, b: scale * loss(p, b), tx))
+    params = two_matrices()
+    check = functools.partial(
+        check_update, step, params, tx.init(params), drawn(sizes), reference=(loss, SGD)
+    )
+    if fault == "none":
+        report = check()
+        assert report.passed
+        assert report.coefficients.fault == "none"
+    else:
+        with pytest.raises(AssertionError, match=f"fault: {fault}"):
+            check()
+
+
+def test_a_reference_that_is_not_finite_or_not_exact_is_told():
+    def overflows(params, batch):
+        return jnp.mean(jnp.log(1 + jnp.exp(200 * batch["x"] @ params["w"])))
+
+    params, parts = two_matrices(), drawn([4, 4])
+    tx = accumax.accumulate(SGD, 2)
+    step = accumax.train_step(overflows, tx)
+    with pytest.raises(ValueError, match="own update is not finite at "):
+        check_update(step, params, tx.init(params), parts, reference=(overflows, SGD))
+    # In bfloat16, a step of 1e-4 is rounded away, and any step passes.
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    small = optax.sgd(1e-5)
+    tx = accumax.accumulate(small, 2)
+    step = accumax.train_step(dropped, tx)
+    with pytest.warns(UserWarning, match="precision hides faults of that size"):
+        check_update(step, params, tx.init(params), parts, reference=(dropped, small))
+
+
+@pytest.mark.parametrize("part", ["an update", "a part of the update"])
+@pytest.mark.parametrize("rate", [1.0, 0.1])
+def test_parameters_that_move_within_the_window_are_named(part, rate):
+    sgd = optax.sgd(rate)
+
+    def step(params, state, batch):
+        grads = jax.grad(dropped)(params, batch)
+        size = rate if part == "an update" else rate / 4
+        return jax.tree.map(lambda p, g: p - size * g, params, grads), state
+
+    with pytest.raises(AssertionError, match=f"fault: {part} in every microbatch"):
+        check_update(step, two_matrices(), (), drawn([4] * 4), reference=(dropped, sgd))
+
+
+def test_a_fault_that_the_optimizer_hides_is_told():
+    adam = optax.adam(1e-3)
+    tx = accumax.accumulate(adam, 4, reduction="sum")
+    params = two_matrices()
+    with pytest.warns(UserWarning, match="and the gradient is not: sum for a mean"):
+        check_update(
+            jax.jit(accumax.train_step(dropped, tx)),
+            params,
+            tx.init(params),
+            drawn([4] * 4),
+            reference=(dropped, adam),
+            gradient=lambda before, after, state: jax.tree.map(
+                lambda m: m / 0.1, optax.tree.get(state, "mu")
+            ),
+        )
+
+
+def test_a_step_of_other_arguments_is_told_of_call():
+    def step(params, state, x, key):
+        return params, state
+
+    with pytest.raises(
+        TypeError, match=r"pass call=, such as .*\(params, opt_state, x"
+    ):
+        check_update(step, two_matrices(), (), drawn([2, 2]), reference=(dropped, SGD))
+
+
+def mixed(p, x):
+    """Most kinds of operations, and each kind of a program within a program."""
+    key = jax.random.key(0)
+    hidden = jax.checkpoint(
+        lambda x: jnp.tanh(x @ p) * jax.random.bernoulli(key, 0.5, (3, 4))
+    )(x)
+    hidden = jax.nn.relu(hidden.astype(jnp.bfloat16)).astype(jnp.float32)
+    hidden, rows = jax.lax.scan(
+        lambda c, w: (jnp.sin(c) + w[None], c[0]), hidden, p[:3], reverse=True
+    )
+    hidden = jax.lax.cond(hidden[0, 0] > 0, jnp.cos, lambda h: 2 * h, hidden)
+    count = jax.lax.while_loop(lambda c: c.sum() < 9, lambda c: c + 1.0, x)
+    looped = jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p), hidden)
+    sums = jax.ops.segment_sum(looped, jnp.array([0, 1, 0]), 2)
+    most = jax.ops.segment_max(looped, jnp.array([0, 1, 0]), 2)
+    rated = jax.random.gamma(key, jax.nn.softplus(p) + 1) + jax.random.normal(
+        key, (4, 4)
+    )
+    picked = p[jnp.argmax(x, -1)] * jax.lax.stop_gradient(count)
+    spectrum = jnp.abs(jnp.fft.fft(looped)) ** 2
+    parts = rows, sums, most, rated, picked, spectrum, jnp.sort(p, 0), jnp.cumsum(p)
+    return sum(jnp.mean(part) for part in parts) + optax.safe_norm(p, 1e-6)
+
+
+def test_a_program_runs_in_float64_as_it_was_traced():
+    p, x = (jax.random.normal(jax.random.key(i), (n, 4)) for i, n in ((1, 4), (2, 3)))
+    own = jax.value_and_grad(mixed)(p, x)
+    found = in_float64(jax.value_and_grad(mixed), p, x)
+    assert {a.dtype for a in jax.tree.leaves(found)} == {np.dtype(np.float64)}
+    np.testing.assert_allclose(own[0], found[0], rtol=3e-3)
+    np.testing.assert_allclose(own[1], found[1], rtol=3e-2, atol=3e-3)
+
+    # Without bfloat16 and draws that depend on the dtype, it is what x64 gives.
+    def plain(p, x):
+        return optax.softmax_cross_entropy_with_integer_labels(
+            jnp.tanh(x @ p), jnp.arange(3)
+        ).mean()
+
+    found = in_float64(jax.grad(plain), p, x)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(a, np.float64)) for a in (p, x)]
+        want = jax.grad(plain)(*wide)
+    np.testing.assert_allclose(found, want, rtol=1e-12)
+
+
+def test_what_cannot_run_as_it_is_gets_float64_arrays():
+    def counts(p, x):
+        total = jax.new_ref(jnp.zeros((), p.dtype))
+        total[...] += jnp.sum(x @ p)
+        return total[...] / 3
+
+    def looks(p, x):
+        return p * float(x.sum())
+
+    x = jnp.arange(6.0).reshape(3, 2)
+    for fun in (counts, looks):
+        found = in_float64(fun, jnp.ones((2, 2)), x)
+        assert found.dtype == np.float64
+        np.testing.assert_allclose(found, fun(jnp.ones((2, 2)), x), rtol=1e-6)

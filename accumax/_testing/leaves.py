@@ -113,7 +113,8 @@ def _small(seen: Evidence, bad: list[int], rounded: str | None) -> str:
         f"The coefficients are as expected, but {left:.3g} of the gradient{where} is "
         "random: likely a sum in bfloat16 or float16. Accumulate in float32. Matrix "
         "products in bfloat16 or TF32 look the same: if the step has them, pass "
-        "gradients that have them too, or tolerance=."
+        "gradients that have them too, or tolerance=. So do parameters that move a "
+        "little within the window, where every microbatch updates them."
     )
 
 
@@ -177,7 +178,21 @@ def _explains(mean: np.ndarray, total: np.ndarray, noise: float) -> float | None
 
 
 def _overdetermined(leaf: Leaf) -> bool:
-    return leaf.count > len(leaf.gradients)
+    """Whether other numbers than a mean of its gradients would not be explained.
+
+    Gradients that each sum to 0, as those of the biases of a softmax, have one number
+    less than the leaf.
+    """
+    _, columns = leaf.load()
+    rank = np.linalg.matrix_rank(columns, tol=1e-5 * np.linalg.norm(columns))
+    free = leaf.count - int(
+        np.all(np.abs(np.sum(columns, 0)) <= 1e-5 * _norms(columns))
+    )
+    return free > rank
+
+
+def _norms(columns: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(columns, axis=0)
 
 
 def _rms(x: np.ndarray) -> float:
