@@ -772,3 +772,25 @@ def test_an_automatic_reduce_axis_beside_an_explicit_axis_is_an_error(kinds, axi
             )
             x = jax.device_put(jnp.ones((8, 3)), NamedSharding(mesh, P("data")))
             assert jnp.allclose(jax.jit(grad_fn)(jnp.ones(3), x), 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options",
+    [{"microbatch_size": 4}, {"microbatch_size": 5, "unroll": True}],
+    ids=["tail", "unrolled"],
+)
+def test_a_tail_gathers_no_parameter_that_is_divided(options, kind):
+    """The next microbatch waits for a number of the sums, not for all of them."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (KINDS[kind],) * 2)
+    x = np.random.default_rng(0).normal(size=(10, 6)).astype(np.float32)
+
+    def loss(w, x):
+        return jnp.mean(jnp.sum(x @ w, -1) ** 2)
+
+    with jax.set_mesh(mesh):
+        w = jax.device_put(jnp.ones((6, 8)), NamedSharding(mesh, P(None, "model")))
+        f = jax.jit(accumax.grad(loss, **options))
+        np.testing.assert_allclose(f(w, x), jax.grad(loss)(w, x), rtol=1e-5)
+        found = accumax.audit(f, w, x).collectives
+        assert all(c.bytes < 6 * 8 * 4 for c in found if "gather" in c.op)

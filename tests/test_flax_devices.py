@@ -137,3 +137,74 @@ def test_nnx_statistics_are_those_of_all_rows_and_masks_differ(size, kind):
     assert all(x == y for x, y in zip(left, keys, strict=True))
     counts = jax.tree.leaves(nnx.state(net, nnx.RngCount))
     assert max(map(int, counts)) == 4 * (6 if size else 1)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(32, 32, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(self.linear(x))
+
+
+class Scanned(nnx.Module):
+    def __init__(self, rngs):
+        self.blocks = nnx.split_rngs(splits=3)(nnx.vmap(Block))(rngs)
+
+    def __call__(self, x):
+        def apply(x, block):
+            return block(x)
+
+        return nnx.scan(apply, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+            x, self.blocks
+        )
+
+
+@pytest.mark.parametrize("form", ["train_step", "value_and_grad"])
+def test_scanned_layers_have_a_key_each_on_each_device(form):
+    def loss_fn(net, x):
+        out = net(x)
+        return jnp.mean(out**2), out
+
+    options = {"has_aux": True, "aux": "concat", "microbatch_size": 8}
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        net = Scanned(nnx.Rngs(0))
+        nnx.update(net, put(nnx.state(net)))
+        x = put(jnp.ones((16, 32)), "data")
+        if form == "value_and_grad":
+            f = accumax.nnx.value_and_grad(loss_fn, reduce_axis="data", **options)
+            (_, out), _ = nnx.jit(f)(net, x)
+        else:
+            tx = accumax.accumulate(optax.sgd(0.1), 2, reduce_axis="data")
+            optimizer = accumax.nnx.Optimizer(net, tx, wrt=nnx.Param)
+            step = nnx.jit(accumax.nnx.train_step(loss_fn, **options))
+            _, out = step(net, optimizer, x)
+    assert len(np.unique(np.asarray(out), axis=0)) == 16
+
+
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+def test_a_raw_key_in_a_state_is_warned_of(make):
+    """It may be data, so it is not made another one for each device."""
+
+    class State(accumax.linen.TrainState):
+        key: jax.Array
+
+    def loss_fn(params, x, key):
+        key, now = jax.random.split(key)
+        drawn = jax.random.uniform(now, (x.shape[0],))
+        return jnp.mean(x * params), ({"key": key}, drawn)
+
+    with jax.set_mesh(mesh_of(AxisType.Auto)):
+        tx = accumax.accumulate(optax.sgd(0.1), 2, reduce_axis="data")
+        state = put(
+            State.create(apply_fn=None, params=jnp.ones(()), tx=tx, key=make(1))
+        )
+        step = State.train_step(loss_fn, mutable=("key",), has_aux=True, aux="concat")
+        x = put(jnp.ones((8, 3)), "data")
+        if make is jax.random.key:
+            _, (_, drawn) = jax.jit(step)(state, x)
+            assert len(np.unique(drawn)) == 8
+        else:
+            with pytest.warns(UserWarning, match=r"uint32\[2\].*jax.random.key"):
+                jax.jit(step)(state, x)

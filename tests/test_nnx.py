@@ -620,3 +620,77 @@ def test_a_step_in_nnx_jit_can_be_audited():
         assert report.warnings == ()
         kinds = {x.kind for x in report.largest if x.bytes == 64 * 64 * 4}
         assert {"parameters", "optimizer state"} <= kinds
+
+
+@pytest.mark.parametrize("norm", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_a_write_to_what_is_differentiated_is_refused(norm):
+    """Flax's two norms of weights store the kernel that they have normalised."""
+    model = norm(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    optimizer, x = optimizer_of(model), jnp.ones((4, 3))
+    before = pure((model, optimizer))
+
+    def loss(model, x):
+        return jnp.mean(model(x) ** 2)
+
+    for call in (
+        lambda: accumax.nnx.train_step(loss)(model, optimizer, x),
+        lambda: accumax.nnx.train_step(loss, microbatch_size=2)(model, optimizer, x),
+        lambda: accumax.nnx.value_and_grad(loss, microbatches=2)(model, x),
+    ):
+        with pytest.raises(
+            ValueError, match=r"writes to .*\['kernel'\], which is diff"
+        ):
+            call()
+        assert same_bits(before, pure((model, optimizer)))
+
+
+class Adapted(nnx.Module):
+    """Layers that are scanned, rematerialised, and trained through adapters alone."""
+
+    def __init__(self, rngs, wide=128):
+        def layer(rngs):
+            return nnx.Sequential(
+                nnx.LoRALinear(wide, wide, lora_rank=2, rngs=rngs), jnp.tanh
+            )
+
+        self.layers = nnx.split_rngs(splits=8)(nnx.vmap(layer))(rngs)
+
+    def __call__(self, x):
+        def apply(x, layer):
+            return layer(x)
+
+        layers = nnx.scan(nnx.remat(apply), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return layers(x, self.layers)
+
+
+@pytest.mark.parametrize("size", [None, 8, 7])
+def test_a_frozen_base_is_not_carried_through_scanned_layers(size):
+    """NNX returns each variable of the layers from its scan, as a new array."""
+    rngs, wrt = nnx.Rngs(0), nnx.LoRAParam
+    model = Adapted(rngs)
+    optimizer = optimizer_of(model, every=2, wrt=wrt)
+    x = jnp.ones((32 if size else 8, 128))
+    step = accumax.nnx.train_step(
+        lambda model, x: jnp.mean((model(x) - 1) ** 2), microbatch_size=size
+    )
+
+    def on_arrays(graph, state, x):
+        model, optimizer = nnx.merge(graph, state)
+        loss = step(model, optimizer, x)
+        return nnx.state((model, optimizer)), loss
+
+    graph, state = nnx.split((model, optimizer))
+    jitted = jax.jit(on_arrays, static_argnums=0, donate_argnums=1)
+    base = 4 * sum(v.size for v in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    temp = jitted.lower(graph, state, x).compile().memory_analysis()
+    assert temp.temp_size_in_bytes < 0.5 * base
+    _, want = nnx.value_and_grad(
+        lambda model, x: jnp.mean((model(x) - 1) ** 2), argnums=nnx.DiffState(0, wrt)
+    )(model, x)
+    f = accumax.nnx.value_and_grad(
+        lambda model, x: jnp.mean((model(x) - 1) ** 2),
+        argnums=nnx.DiffState(0, wrt),
+        microbatch_size=size or 8,
+    )
+    _, got = nnx.jit(f)(model, x)
+    assert distance(nnx.as_pure(got), nnx.as_pure(want)) < 1e-5

@@ -421,3 +421,21 @@ def test_parameters_that_are_divided_over_the_axis_are_refused_by_name():
         tx = accumax.accumulate(optax.adam(1e-2), 2, reduce_axis=zero)
         with pytest.raises(ValueError, match=r"params\['w'\] is sharded by .*FSDP"):
             tx.init(params)
+
+
+def test_a_function_for_the_optimizer_on_explicit_axes_is_refused():
+    """Its arrays have explicit types, and the optimizer runs on automatic axes."""
+    with jax.set_mesh(mesh_of("explicit")):
+        axis = accumax.DataParallel("data", shard_optimizer=True)
+        tx = accumax.accumulate(optax.lbfgs(), 1, reduce_axis=axis)
+        w = jax.device_put(jnp.ones(8), P())
+        x = jax.device_put(jnp.ones((16, 8)), P("data"))
+
+        def loss(w, x):
+            return jnp.mean((x @ w - 1) ** 2)
+
+        step = accumax.train_step(loss, tx)
+        with pytest.raises(ValueError, match="the optimizer gets a function"):
+            jax.jit(lambda w, s: step(w, s, x, value_fn=lambda w: loss(w, x)))(
+                w, tx.init(w)
+            )

@@ -1,17 +1,20 @@
 """The gradient of one call: split, scan over microbatches, sum over devices."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from .._devices.one import Devices
 from .._sums import Accumulator, has_items
 from .._types import ArrayLike, PyTree
+from .._xla.handed_on import unchanged_leaves
 from .._xla.jaxprs import pruned
-from .._xla.loops import reset
+from .._xla.loops import SMALL, reset
 from .._xla.programs import is_transformed
 from .._xla.refs import add_backward
 from .loss import Call, Loss, StatefulLoss, fresh, with_live
@@ -42,10 +45,20 @@ def at_once(
     """
     (n,), (live,) = call.argnums, call.live
 
-    def read(live: PyTree) -> tuple[Loss, PyTree]:
+    def run(live: PyTree, state: PyTree) -> tuple[Loss, PyTree]:
         # It is traced more than once, and may change a dict that it is given.
         args, kwargs = fresh((with_live(call.args, {n: live}), call.kwargs))
-        return loss.run(call.given, call.state, args, kwargs)
+        return loss.run(call.given, state, args, kwargs)
+
+    kept = [False] * len(jax.tree.leaves(call.state))
+    if sum(map(np.size, jax.tree.leaves(call.state))) > SMALL:  # worth another trace
+        _, kept = unchanged_leaves(functools.partial(run, live), call.state)
+    kept = jax.tree.unflatten(jax.tree.structure(call.state), kept)
+
+    def read(live: PyTree) -> tuple[Loss, PyTree]:
+        out, new = run(live, call.state)
+        # A loop that hands on a leaf returns a new one, and XLA keeps both.
+        return out, jax.tree.map(lambda k, x, y: x if k else y, kept, call.state, new)
 
     def fun(live: PyTree) -> tuple[jax.Array, Any]:
         out, state = read(live)

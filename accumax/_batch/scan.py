@@ -14,7 +14,8 @@ from .._devices.one import ONE, Devices
 from .._noise import Share
 from .._sums import Sums, accumulator, has_items, is_valid_weight
 from .._types import ArrayLike, PyTree
-from .._xla.jaxprs import pruned, unchanged_leaves
+from .._xla.handed_on import unchanged_leaves
+from .._xla.jaxprs import pruned
 from .._xla.loops import at_most_once
 from .._xla.programs import is_transformed
 from .._xla.refs import add_backward
@@ -117,7 +118,7 @@ class Loop:
 
         def together(devices: Devices) -> Any:
             each = [t.combine(devices, s) for t, s in zip(terms, seen, strict=True)]
-            return each, loss.end(devices, first, state, terms[0].kept())
+            return each, loss.end(devices, first, state, terms[0].kept)
 
         seen, state = devices.reduce((seen, state), together)
         grads = tuple(sums[n] for n in call.argnums)
@@ -164,10 +165,14 @@ class _Term:
         self.live, self.frozen = live, frozen
         self.seed, self.given, self.state = seed, given, state
         self.devices = devices
-        shapes = [
-            jax.eval_shape(lambda state, part=part: self.loss(part, state), state)
+        self.kept = jax.tree.map(lambda _: False, state)
+        each = [
+            unchanged_leaves(lambda x, part=part: self.read_whole(part, x), state)
             for part in parts.each()
         ]
+        shapes = [shape for shape, _ in each]
+        always = map(all, zip(*(kept for _, kept in each), strict=True))
+        self.kept = jax.tree.unflatten(jax.tree.structure(state), always)
         self.shape = shapes[0]
         devices.check_unreduced("The loss", self.shape.value)
         agree, in_place = ONE.all, True
@@ -189,7 +194,10 @@ class _Term:
         args = with_live(args, live)
         loss, new = self.stateful.run(self.given, state, args, kwargs)
         check_aux_leaves(loss.aux)
-        return loss, _tree.cast_like(new, state)
+        new = _tree.cast_like(new, state)
+        # A loop that hands on a leaf returns a new one, which would be carried.
+        kept = jax.tree.map(lambda k, x, y: x if k else y, self.kept, state, new)
+        return loss, kept
 
     def _agreement(self, parts: list[Part]) -> tuple[Callable[..., Any], bool]:
         """Calls `Devices.agreement` for the losses of these microbatches.
@@ -208,20 +216,8 @@ class _Term:
         live = self.whole(parts[0])
         return self.devices.agreement(gradients, live, self.state)
 
-    def kept(self) -> PyTree:
-        """Returns for each leaf of the state whether no microbatch changes it."""
-        leaves, structure = jax.tree.flatten(self.state)
-        if not leaves:
-            return self.state
-
-        def after(part: Part) -> Any:
-            return lambda state: self.read(self.whole(part), part, state)[1]
-
-        asked = [unchanged_leaves(after(x), self.state) for x in self.parts.each()]
-        return structure.unflatten(map(all, zip(*asked, strict=True)))
-
-    def loss(self, part: Part, state: PyTree) -> Loss:
-        return self.read(self.whole(part), part, state)[0]
+    def read_whole(self, part: Part, state: PyTree) -> tuple[Loss, PyTree]:
+        return self.read(self.whole(part), part, state)
 
     def whole(self, part: Part) -> dict[int, PyTree]:
         """Gathers the whole parameters; a device may have only a part of them."""

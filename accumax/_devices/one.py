@@ -1,6 +1,7 @@
 """The interface for devices, and its implementation for one device."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -264,9 +265,14 @@ ONE = Devices()
 
 
 def fold_in(keys: PyTree, i: ArrayLike) -> PyTree:
-    """Folds i, () integer, into each of `keys`, typed or raw."""
+    """Folds i, () integer, into each of `keys`, typed or raw, or arrays of these."""
 
     def fold(key: Any) -> jax.Array:
-        return jax.random.fold_in(jnp.asarray(key), jnp.asarray(i, jnp.uint32))
+        key = jnp.asarray(key)
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        own = functools.partial(jax.random.fold_in, data=jnp.asarray(i, jnp.uint32))
+        for _ in range(key.ndim if typed else key.ndim - 1):
+            own = jax.vmap(own)
+        return own(key)
 
     return jax.tree.map(fold, keys)

@@ -179,6 +179,13 @@ class Zero1(PerDevice):
         if not self.axes.explicit:
             return self._divided(fun(carry, *same), specs)
         # On explicit axes, types would have to say how each product is divided.
+        if any(map(callable, jax.tree.leaves(same))):
+            raise ValueError(
+                f"shard_optimizer=True on the explicit axes {self.names}, and the "
+                "optimizer gets a function (value_fn, grad_fn): the arrays that it "
+                "closes over have types that do not go with the optimizer's divided "
+                "ones. Make these axes AxisType.Auto, or leave shard_optimizer out."
+            )
         mesh = self.axes.where()
         out = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
         on_arrays, arrays = of_arrays(fun, (carry, *same))

@@ -1,6 +1,7 @@
 """Losses with a state: running statistics, and values for the next microbatch."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,12 +91,30 @@ class Handing:
 
 
 def _begin(devices: Devices, given: Given, state: Any) -> tuple[Given, Any]:
-    def own(x: Any) -> Any:
-        return devices.keys_of_device(x) if _is_typed(x) else x
+    def own(path: Any, x: Any) -> Any:
+        if _is_typed(x):
+            return devices.keys_of_device(x)
+        if (
+            devices.count > 1
+            and _tree.dtype_of(x) == jnp.uint32
+            and x.shape[-1:]
+            in (
+                (2,),
+                (4,),
+            )
+        ):
+            warnings.warn(
+                f"The state of the loss has {_tree.describe(x)} at "
+                f"{jax.tree_util.keystr(path)}, as keys of jax.random.PRNGKey are. If "
+                "it is one, all devices draw the same random numbers: make it with "
+                "jax.random.key.",
+                stacklevel=2,
+            )
+        return x
 
     pool, rest = state
     given = given._replace(keys=devices.keys_of_device(given.keys))
-    return given, (pool, jax.tree.map(own, rest))
+    return given, (pool, jax.tree_util.tree_map_with_path(own, rest))
 
 
 def _end(devices: Devices, first: Any, last: Any, kept: Any) -> Any:

@@ -10,6 +10,7 @@ from .. import _tree
 from .._batch.arguments import Place
 from .._batch.loss import read_loss
 from .._types import PyTree
+from .._xla.handed_on import unchanged_leaves
 from . import statistics as running
 from .loss import Given, Handing
 
@@ -50,25 +51,37 @@ class Modules:
     ) -> Handing:
         """Makes `fun` a loss of `args`, `kwargs` and the state of the modules."""
 
+        unchecked = [True]
+
         def run(given: Given, rest: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
             call: dict[Place, Any] = {**dict(enumerate(args)), **kwargs}
             lives = [nnx.State({i: call[place]}) for place, i in self.live.items()]
-            nodes = nnx.merge(self.graphdef, *lives, given.statistics, rest)
-            call |= dict(zip(self.places, nodes, strict=True))
-            args = tuple(call[n] for n in range(len(args)))
-            out = fun(*args, **{name: call[name] for name in kwargs})
-            graphdef, *_, statistics, rest = nnx.split(
-                nodes, *self.filters, nnx.BatchStat, ...
-            )
+
+            def called(lives: list[nnx.State]) -> tuple[Any, list[nnx.State]]:
+                lives = jax.tree.map(lambda x: x, lives)  # `fun` may write to it
+                nodes = nnx.merge(self.graphdef, *lives, given.statistics, rest)
+                after = call | dict(zip(self.places, nodes, strict=True))
+                named = {name: after[name] for name in kwargs}
+                out = fun(*(after[n] for n in range(len(args))), **named)
+                graphdef, *lives, statistics, others = nnx.split(
+                    nodes, *self.filters, nnx.BatchStat, ...
+                )
+                return (out, graphdef, statistics, others), lives
+
+            before = jax.tree.leaves(lives)
+            (out, graphdef, statistics, others), after = called(lives)
+            if unchecked and not _same(before, after):
+                _check_not_written(called, lives)
+            unchecked.clear()  # another trace is of the same program
             loss = read_loss(out, has_aux=has_aux, weighted=weighted)
-            statistics, rest = nnx.as_pure(statistics), nnx.as_pure(rest)
-            _tree.check_same("state of the modules", rest, self.rest)
+            statistics, others = nnx.as_pure(statistics), nnx.as_pure(others)
+            _tree.check_same("state of the modules", others, self.rest)
             if graphdef != self.graphdef:
                 raise ValueError(
                     "The loss changed a static attribute of a module, as eval() does, "
                     "which cannot be handed on. Do it before."
                 )
-            return loss, statistics, rest
+            return loss, statistics, others
 
         return Handing(Given(self.statistics), self.rest, run)
 
@@ -78,6 +91,33 @@ class Modules:
         statistics, rest, rows = handing.settle(carried, momenta, taken)
         nnx.update(self.nodes, statistics, rest)
         return rows
+
+
+def _same(before: list[Any], after: list[nnx.State]) -> bool:
+    pairs = zip(before, jax.tree.leaves(after), strict=True)
+    return all(x is y for x, y in pairs)
+
+
+def _check_not_written(called: Callable[..., Any], lives: list[nnx.State]) -> None:
+    """Checks that the loss does not change what is differentiated.
+
+    A scan over layers returns new arrays of all their variables, changed or not.
+    """
+    _, kept = unchanged_leaves(lambda lives: ((), called(lives)[1]), lives)
+    paths = jax.tree_util.tree_leaves_with_path(nnx.as_pure(lives))
+    changed = [
+        jax.tree_util.keystr(path[2:])
+        for (path, _), same in zip(paths, kept, strict=True)
+        if not same
+    ]
+    if changed:
+        raise ValueError(
+            f"The loss writes to {', '.join(changed[:6])}, which is differentiated, as "
+            "nnx.WeightNorm and nnx.SpectralNorm do. Each microbatch would write "
+            "again, which the big batch does not. Compute that value where it is used, "
+            "without a write (Flax Linen's WeightNorm and SpectralNorm do), or write "
+            "to a variable of another type."
+        )
 
 
 def _variables(nodes: list[Any]) -> set[int]:

@@ -102,12 +102,6 @@ def has_own_refs_alone(program: ClosedJaxpr) -> bool:
     return not names_an_axis and all(map(_is_on_refs, program.jaxpr.effects))
 
 
-def unchanged_leaves(fun: Callable[[PyTree], PyTree], tree: PyTree) -> list[bool]:
-    """Whether each leaf of `tree` is unchanged in `fun(tree)`, of equal structure."""
-    jaxpr = jax.make_jaxpr(fun)(tree).jaxpr
-    return [x is y for x, y in zip(jaxpr.invars, jaxpr.outvars, strict=True)]
-
-
 def unused_leaves(fun: Callable[..., Any], tree: PyTree, *args: Any) -> list[bool]:
     """Whether no result of `fun(tree, *args)` depends on each leaf of `tree`."""
     jaxpr = jax.make_jaxpr(fun)(tree, *args).jaxpr

@@ -68,9 +68,16 @@ def after(tree: PyTree, i: int) -> jax.Array:
     `lax.optimization_barrier` is not enough: XLA:CPU drops it before scheduling.
     """
     leaves = [x for x in jax.tree.leaves(tree) if _tree.is_differentiable(x)]
-    firsts = [jnp.real(x.ravel()[0]).astype(jnp.float32) for x in leaves if x.size]
-    seen = sum(firsts, jnp.zeros((), jnp.float32))
+    seen = sum((_first(x) for x in leaves if x.size), jnp.zeros((), jnp.float32))
     return jnp.where(never(seen), 0, jnp.int32(i))
+
+
+def _first(x: jax.Array) -> jax.Array:
+    """() float32, from the first numbers of `x`; no device gathers `x` for it."""
+    # JAX does not slice an explicitly sharded axis to one element.
+    spec = jax.typeof(x).sharding.spec
+    part = x[tuple(slice(0, 1 if name is None else None) for name in spec)]
+    return jnp.max(jnp.real(part)).astype(jnp.float32)
 
 
 def never(seen: jax.Array) -> jax.Array:

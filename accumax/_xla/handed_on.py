@@ -1,0 +1,88 @@
+"""Which results of a function are its arguments, unchanged.
+
+A loop, a call or a `jax.checkpoint` returns new values, also of what it hands on as it
+was: NNX scans over layers and gets each of their variables back.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from .._types import PyTree
+from .jaxprs import inner_jaxprs, is_variable
+
+_CALLS = (
+    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
+    *("custom_jvp_call", "custom_vjp_call"),
+)
+
+
+def unchanged_leaves(
+    fun: Callable[[PyTree], tuple[Any, PyTree]], tree: PyTree
+) -> tuple[Any, list[bool]]:
+    """Traces `fun(tree) -> (out, tree)`.
+
+    Returns:
+      The shapes of `out`, and for each leaf of `tree` whether it is always unchanged.
+    """
+    if not jax.tree.leaves(tree):
+        return jax.eval_shape(fun, tree)[0], []
+    program, (out, after) = jax.make_jaxpr(fun, return_shape=True)(tree)
+    found = _sources(program.jaxpr)[len(jax.tree.leaves(out)) :]
+    assert len(found) == len(jax.tree.leaves(after))
+    return out, [x == i for i, x in enumerate(found)]
+
+
+def _sources(jaxpr: Any) -> list[int | None]:
+    """For each output the number of the input that it is, or None."""
+    known = {x: i for i, x in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        for result, operand in _handed_on(eqn):
+            if is_variable(operand) and operand in known:
+                known[result] = known[operand]
+    return [known.get(x) if is_variable(x) else None for x in jaxpr.outvars]
+
+
+def _handed_on(eqn: Any) -> Iterator[tuple[Any, Any]]:
+    """Yields pairs of a result of `eqn` and the operand that it is."""
+    name, operands, results = eqn.primitive.name, eqn.invars, eqn.outvars
+    if name == "optimization_barrier":
+        yield from zip(results, operands, strict=True)
+        return
+    inner = list(inner_jaxprs(eqn))
+    if name in _CALLS and len(inner) == 1 and len(inner[0].invars) == len(operands):
+        for result, i in zip(results, _sources(inner[0]), strict=True):
+            if i is not None:
+                yield result, operands[i]
+    elif name == "cond":
+        found = zip(results, *map(_sources, inner), strict=True)
+        for result, first, *others in found:
+            if first is not None and others == [first] * len(others):
+                yield result, operands[1 + first]
+    elif name == "while":
+        body = getattr(eqn.params["body_jaxpr"], "jaxpr", eqn.params["body_jaxpr"])
+        consts = eqn.params["body_nconsts"]
+        carry = operands[eqn.params["cond_nconsts"] + consts :]
+        for j, (result, i) in enumerate(zip(results, _sources(body), strict=True)):
+            if i == consts + j:
+                yield result, carry[j]
+    elif name == "scan":
+        yield from _of_scan(inner[0], operands, results)
+
+
+def _of_scan(body: Any, operands: Any, results: Any) -> Iterator[tuple[Any, Any]]:
+    # The shapes tell what is scanned over; JAX 0.12 has other parameters than before.
+    scanned = _with_an_axis_more(operands, body.invars)
+    carried = len(results) - _with_an_axis_more(results, body.outvars)
+    sliced = len(operands) - scanned
+    consts = sliced - carried
+    for j, (result, i) in enumerate(zip(results, _sources(body), strict=True)):
+        same = i == consts + j if j < carried else i is not None and i >= sliced
+        if same:
+            yield result, operands[i]
+
+
+def _with_an_axis_more(outside: Any, inside: Any) -> int:
+    pairs = zip(outside, inside, strict=True)
+    return sum(len(x.aval.shape) == len(y.aval.shape) + 1 for x, y in pairs)
