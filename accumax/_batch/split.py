@@ -25,6 +25,7 @@ from .arguments import (
     check_shared,
     find,
 )
+from .rows import rows_of_part
 
 T = TypeVar("T")
 
@@ -256,7 +257,11 @@ class Split:
         if tail:
             _check_tail([call[place] for place in batches], rows, size)
         divide = functools.partial(
-            _rows_of, size=size, count=count, tail=tail, consecutive=limit is not None
+            rows_of_part,
+            size=size,
+            count=count,
+            tail=tail,
+            consecutive=limit is not None,
         )
         # A tuple, because JAX cannot sort a dict of positions and keywords.
         cut = divide(tuple(call[place] for place in batches))
@@ -344,34 +349,6 @@ def split(
     if unroll is not True:  # False is 1, as for `lax.scan`
         unroll = check_positive("unroll", 1 if unroll is False else unroll)
     return Split(microbatch_size, microbatches, batch, keys, unroll)
-
-
-def _rows_of(
-    tree: PyTree, *, size: int, count: int, tail: int, consecutive: bool
-) -> Callable[[ArrayLike, bool], PyTree]:
-    """Returns `(i, last) -> rows` of microbatch i, or of the tail if `last`."""
-    tree = jax.tree.map(jnp.asarray, tree)
-
-    def cut(i: ArrayLike, last: bool) -> PyTree:
-        # By index: a transposed batch would be a second copy in memory, and so would
-        # a batch without its tail.
-        def rows(x: jax.Array) -> jax.Array:
-            if last:
-                # `after` hides the start index, so XLA cannot begin the tail before the
-                # scan ends; otherwise both keep activations alive.
-                return lax.dynamic_slice_in_dim(x, i * size, tail)
-            if consecutive:
-                return lax.dynamic_slice_in_dim(x, i * size, size)
-            if tail:
-                each = i + count * jnp.arange(size, dtype=jnp.int32)
-                return x.at[each].get(mode="promise_in_bounds")
-            # Here and not before the loop, where a TPU would store the new shape.
-            columns = x.reshape(size, count, *x.shape[1:])
-            return lax.dynamic_index_in_dim(columns, i, axis=1, keepdims=False)
-
-        return jax.tree.map(rows, tree)
-
-    return cut
 
 
 def _check_tail(batches: PyTree, rows: int, size: int) -> None:
