@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import accumax
@@ -436,3 +436,89 @@ def test_the_module_of_the_command_line_is_no_second_audit(tmp_path):
     with pytest.raises(ImportError, match="from accumax import audit"):
         __import__("accumax.audit")
     assert callable(accumax.audit)
+
+
+def layers_of(params, x):
+    for w in params:
+        x = jnp.tanh(x @ w)
+    return jnp.mean((x - 1) ** 2)
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_reductions_that_xla_combines_are_counted(each):
+    """Eight microbatches in a Python loop: one operation with 32 gradients, or 4."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    params = [jnp.full((32, 32), 0.01 + i) for i in range(4)]
+    rows = jnp.ones((8, 4, 32))
+
+    def on_device(params, rows):
+        own = jax.lax.pcast(params, "data", to="varying")
+        total = jax.tree.map(jnp.zeros_like, params if each else own)
+        for x in rows:
+            grads = jax.grad(layers_of)(own, x)
+            grads = jax.lax.pmean(grads, "data") if each else grads
+            total = jax.tree.map(jnp.add, total, grads)
+        total = total if each else jax.lax.pmean(total, "data")
+        return jax.tree.map(lambda p, g: p - g / 8, params, total)
+
+    step = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(P(), P(None, "data")), out_specs=P()
+    )
+    report = accumax.audit(step, params, rows, donate_argnums=0)
+    reduced = [c for c in report.collectives if c.gradient]
+    assert sum(c.repeats for c in reduced) == (8 if each else 1)
+    told = any("up to 8 times a call" in text for text in report.warnings)
+    assert told == each
+
+
+def test_a_state_that_is_not_donated_is_told():
+    adam, params, x = optax.adam(1e-3), [jnp.ones((64, 64))] * 2, jnp.ones((4, 64))
+
+    def step(params, opt_state, x):
+        grads = jax.grad(layers_of)(params, x)
+        updates, opt_state = adam.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    args = params, adam.init(params), x
+    report = accumax.audit(step, *args, donate_argnums=0)
+    assert len(report.not_donated) == 4
+    assert "4 arrays of an optimizer's state are not donated" in report.warnings[0]
+    report = accumax.audit(step, *args, donate_argnums=(0, 1))
+    assert report.not_donated == report.warnings == ()
+    # A gradient is no new value of its argument.
+    (text,) = accumax.audit(jax.grad(layers_of), params, x).warnings
+    assert "a gradient is not" in text
+
+
+def test_the_order_of_twins_is_not_known():
+    """An average has the tree of the parameters: which output is whose, none tells."""
+    params = [jnp.full((64, 64), float(i)) for i in range(4)]
+
+    def step(params, average, x):
+        grads = jax.grad(layers_of)(params, x)
+        params = jax.tree.map(lambda p, g: p - g, params, grads)
+        return params, jax.tree.map(lambda a, p: 0.9 * a + 0.1 * p, average, params)
+
+    def swapped(*args):
+        return step(*args)[::-1]
+
+    args = params, [p + 1 for p in params], jnp.ones((4, 64))
+    right = accumax.audit(step, *args, donate_argnums=(0, 1))
+    wrong = accumax.audit(swapped, *args, donate_argnums=(0, 1))
+    assert right.crossed is wrong.crossed is None
+    assert right.warnings == ()
+    assert "keep their order in the result" in wrong.warnings[0]
+
+
+def test_a_conditional_that_is_no_more_is_told_although_nothing_is_found():
+    tx = optax.MultiSteps(optax.sgd(0.1), 4)
+    params = [jnp.ones((64, 64))] * 2
+
+    def step(params, state, x):
+        updates, state = tx.update(jax.grad(layers_of)(params, x), state, params)
+        return optax.apply_updates(params, updates), state
+
+    args = params, tx.init(params), jnp.ones((4, 64))
+    report = accumax.audit(step, *args, donate_argnums=(0, 1))
+    assert report.conditionals == (1, 0)
+    assert "conditionals that became selects: 1" in str(report)

@@ -1,5 +1,6 @@
 """The door of `accumax.audit`: a page about a compiled step."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -104,6 +105,7 @@ def audit(
         ),
         donated=any(x.donated for x in arguments.values()),
         not_reused=not_reused,
+        not_donated=_not_donated(module, arguments),
         crossed=crossed,
         copies=tuple(copies(module, program, shapes, names)),
         collectives=tuple(collectives(module, program, shapes)),
@@ -246,6 +248,28 @@ def _donations(
     return not_reused, _crossed(stage, module, arguments)
 
 
+def _not_donated(
+    module: hlo.Module, arguments: dict[int, _Argument]
+) -> tuple[str, ...]:
+    """Parts of an optimizer's state beside which an output of their shape exists."""
+    root = module.computations[module.entry].root
+    reusing = {index[0] if index else 0 for index in module.aliases}
+    outputs = collections.Counter(
+        (x.dtype, x.shape)
+        for i, x in enumerate(hlo.arrays(root.type))
+        if i not in reusing and x.shape
+    )
+    found = []
+    for number, x in arguments.items():
+        (array, *_) = hlo.arrays(module.parameters[number].type)
+        kind = array.dtype, array.shape
+        state = x.kind in ("optimizer state", "accumulator")
+        if state and not x.donated and outputs[kind] > 0:
+            outputs[kind] -= 1
+            found.append(x.path)
+    return tuple(found)
+
+
 def _crossed(
     stage: Any, module: hlo.Module, arguments: dict[int, _Argument]
 ) -> tuple[tuple[str, str], ...] | None:
@@ -262,17 +286,19 @@ def _crossed(
     for index, number in module.aliases.items():
         path, _ = outputs[index[0] if index else 0]
         leaf = arguments[number].leaf
-        expected = wanted.get(leaf if leaf is not None else -1)
-        if expected is not None and expected != path:
+        expected = wanted.get(leaf if leaf is not None else -1, path)
+        if expected is None:  # there is another one like it
+            return None
+        if expected != path:
             crossed.append((arguments[number].path, f"result{keystr(path)}"))
     return tuple(crossed)
 
 
-def _counterparts(args: tuple, out: Any) -> dict[int, tuple]:
+def _counterparts(args: tuple, out: Any) -> dict[int, tuple | None]:
     """The path of the output that is the new value of a leaf, by the leaf's number.
 
     An argument and an output are the old and the new value if their trees are alike and
-    no other ones are.
+    no other ones are. If others are, the path is None.
     """
 
     def like(tree: Any) -> Any:
@@ -282,7 +308,7 @@ def _counterparts(args: tuple, out: Any) -> dict[int, tuple]:
     parts = list(out) if isinstance(out, (tuple, list)) else []
     if hasattr(out, "_fields"):
         parts = []
-    found: dict[int, tuple] = {}
+    found: dict[int, tuple | None] = {}
     number = 0
     paths = [path for path, _ in jax.tree.leaves_with_path(out)]
     starts = [0]
@@ -292,9 +318,9 @@ def _counterparts(args: tuple, out: Any) -> dict[int, tuple]:
         count = len(jax.tree.leaves(arg))
         same = [i for i, part in enumerate(parts) if like(part) == like(arg)]
         alone = sum(like(other) == like(arg) for other in args) == 1
-        if len(same) == 1 and alone:
-            for i in range(count):
-                found[number + i] = paths[starts[same[0]] + i]
+        for i in range(count if same else 0):
+            known = len(same) == 1 and alone
+            found[number + i] = paths[starts[same[0]] + i] if known else None
         number += count
     return found
 

@@ -1,5 +1,6 @@
 """What is found in a compiled program: copies, collectives, wasted work."""
 
+import collections
 import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -88,17 +89,21 @@ class Shapes:
     """The shapes of parameters on a device, and of the layers of stacked ones."""
 
     of: dict[tuple[int, ...], int]  # to the number of elements of the whole
+    counts: dict[tuple[int, ...], int]  # to the number of parameters
 
     @classmethod
     def make(cls, leaves: list[Array]) -> "Shapes":
         most = max((_size(x) for x in leaves), default=0)
         found: dict[tuple[int, ...], int] = {}
+        counts: dict[tuple[int, ...], int] = {}
         for x in leaves:
             if _size(x) * 100 < most:
                 continue  # scales and biases
-            for shape in (x.shape, x.shape[1:] if len(x.shape) > 2 else x.shape):
-                found[_dims(shape)] = max(found.get(_dims(shape), 0), _size(x))
-        return cls(found)
+            layer = x.shape[1:] if len(x.shape) > 2 else x.shape
+            for dims in {_dims(x.shape), _dims(layer)}:
+                found[dims] = max(found.get(dims, 0), _size(x))
+                counts[dims] = counts.get(dims, 0) + 1
+        return cls(found, counts)
 
     def has(self, x: Array) -> bool:
         return bool(x.shape) and _dims(x.shape) in self.of
@@ -106,6 +111,17 @@ class Shapes:
     def whole(self, x: Array) -> int:
         """The elements of the parameter of which `x` has the shape, or a layer's."""
         return self.of[_dims(x.shape)]
+
+    def repeats(self, found: list[Array]) -> float:
+        """How often arrays that come together hold as much as their parameters."""
+        number = collections.Counter(_dims(x.shape) for x in found)
+
+        def often(x: Array) -> float:
+            n = number[_dims(x.shape)]
+            once = min(n, self.counts[_dims(x.shape)])
+            return n / once * _size(x) / self.whole(x)
+
+        return max(map(often, found))
 
 
 def _size(x: Array) -> int:
@@ -182,7 +198,7 @@ def collectives(module: Module, program: Timeline, shapes: Shapes) -> list[Colle
         gradient = reduces and bool(of_parameters)
         repeats: float | None = 0.0
         if gradient and x.times is not None:
-            repeats = max(x.times * _size(a) / shapes.whole(a) for a in of_parameters)
+            repeats = x.times * shapes.repeats(of_parameters)
         elif gradient:
             repeats = None
         size = sum(a.bytes for a in results)

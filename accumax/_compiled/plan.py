@@ -108,7 +108,7 @@ class Plan:
             known = "" if row.sent is None else readable(row.sent)
             sent = f"{known:>12}" if sends else ""
             lines.append(f"{row.size:10}{row.microbatches:14}{peak:>12}{sent}  {note}")
-        if (pair := self.uneven) is not None:
+        if self.microbatch_size < self.batch_size and (pair := self.uneven):
             less, more = (f"{r.size} rows {readable(r.bytes or 0)}" for r in pair)
             lines += [
                 "",
@@ -248,13 +248,13 @@ def plan(
     References:
       JAX issue 31292: memory that runs out and could not be foreseen.
     """
-    limit = Limit(memory_limit)
-    batch_size = _check_batch_size(batch_size)
     if not callable(make_step):
         raise TypeError(
             f"{make_step=} must be a function from a microbatch size to (function, "
             "args)."
         )
+    batch_size = _check_batch_size(batch_size)
+    limit = Limit(memory_limit)
     dividing = divisors(batch_size)
     candidates = dividing if divisors_only else range(1, batch_size + 1)
     with _bar(progress) as show:

@@ -72,8 +72,11 @@ class Audit:
       donated: whether an argument was donated.
       not_reused: the paths of donated arguments whose memory no output reuses; None if
         the program does not tell.
+      not_donated: the paths of the optimizer's state that is not donated, although an
+        output of its shape is there beside it.
       crossed: pairs of a donated argument and an output that reuses its memory though
-        another output is its new value; None if the program does not tell.
+        another output is its new value; None if the program does not tell, as where
+        several arguments are alike.
       copies: of buffers of a parameter's shape.
       collectives: all of a call.
       discarded: what is computed in every call and kept only if a condition holds.
@@ -88,6 +91,7 @@ class Audit:
     largest: tuple[Live, ...]
     donated: bool
     not_reused: tuple[str, ...] | None
+    not_donated: tuple[str, ...]
     crossed: tuple[tuple[str, str], ...] | None
     copies: tuple[Copy, ...]
     collectives: tuple[Collective, ...]
@@ -227,6 +231,11 @@ def _list_discarded(report: Audit) -> Iterator[str]:
     certain = [x for x in report.discarded if x.certain]
     total = sum(x.bytes for x in certain)
     yield f"an optimizer's work in every call, kept by a condition: {readable(total)}"
+    if before is not None and before > after:
+        yield (
+            f"  conditionals that became selects: {before - after}; what their "
+            "branches compute runs in every call, whatever is found here"
+        )
     others = len(report.discarded) - len(certain)
     if others:
         yield (
@@ -245,8 +254,16 @@ def said(report: Audit) -> Iterator[str]:
     ):
         yield (
             f"Nothing is donated: {readable(memory.output)} of outputs exist beside "
-            "the arguments. Pass donate_argnums for the parameters and the optimizer "
-            "state to jax.jit."
+            "the arguments. If they are new parameters and a new optimizer state, pass "
+            "donate_argnums for the old ones to jax.jit; a gradient is not."
+        )
+    elif report.not_donated:
+        names = ", ".join(report.not_donated[:4])
+        more = ", ..." if len(report.not_donated) > 4 else ""
+        yield (
+            f"{len(report.not_donated)} arrays of an optimizer's state are not "
+            f"donated: {names}{more}. Their new values exist beside them. Pass the "
+            "position of the state in donate_argnums too."
         )
     if report.not_reused:
         names = ", ".join(report.not_reused[:4])
@@ -273,16 +290,17 @@ def said(report: Audit) -> Iterator[str]:
             "that of an average of parameters, and a condition then keeps its result "
             "or not. accumax.apply_gradients and accumax.train_step run an optimizer "
             "in the call that closes the window alone, accumax.linen.ema and nnx.ema "
-            "an average."
+            "an average. (Without accumulation, a step that keeps its old parameters "
+            "if the gradient is not finite is right.)"
         )
 
 
 def _of_copies(report: Audit) -> Iterator[str]:
-    found = [x for x in report.copies if x.certain]
+    found = [x for x in report.copies if x.certain and x.where != "branch"]
     total = sum(x.bytes * (x.times or 1) for x in found)
     if total <= SMALL * (report.memory.arguments or 0):
         return
-    sound = report.donated and not report.not_reused and not report.crossed
+    sound = report.donated and not report.not_reused and report.crossed == ()
     advice = (
         "All donated arguments are reused, in their order: these are XLA's own."
         if sound
@@ -298,19 +316,16 @@ def _of_copies(report: Audit) -> Iterator[str]:
 
 
 def _of_collectives(found: tuple[Collective, ...]) -> Iterator[str]:
-    loops = [
-        x
-        for x in found
-        if x.gradient and x.where == "loop" and (x.repeats is None or x.repeats > 1.5)
-    ]
-    if not loops:
+    often = [x for x in found if x.gradient and (x.repeats is None or x.repeats > 1.5)]
+    if not often:
         return
-    unknown = any(x.repeats is None for x in loops)
-    most = max((x.repeats or 0 for x in loops), default=0)
-    often = "in each turn of a loop" if unknown else f"up to {most:g} times a call"
-    total = sum(x.bytes * (x.times or 1) for x in loops)
+    unknown = any(x.repeats is None for x in often)
+    most = max((x.repeats or 0 for x in often), default=0)
+    times = "in each turn of a loop" if unknown else f"up to {most:g} times a call"
+    within = " within a loop" if any(x.where == "loop" for x in often) else ""
+    total = sum(x.bytes * (x.times or 1) for x in often)
     yield (
-        f"Gradients are reduced within a loop, {often}, {readable(total)} at least: "
+        f"Gradients are reduced{within}, {times}, {readable(total)} at least: "
         "once is enough. Add up each device's own gradients and reduce their sum "
         '(reduce_axis="data" in accumax).'
     )
