@@ -123,7 +123,6 @@ def value_and_grad(
         parameters that are sharded over it. `microbatch_size` counts the rows of all
         devices. Each device folds its index into its keys. Of the aux, "last" is the
         last device's, and "stack" has the microbatches device after device.
-
       track_noise: return a third value for `accumax.noise_scale`, whose small batch is
         the first microbatch or, with `reduce_axis`, what each device has; their weights
         must then be about equal. With `unroll` on a CPU, it may keep half a gradient
@@ -134,9 +133,9 @@ def value_and_grad(
       `((value, aux), gradient)`, in the dtypes of `jax.value_and_grad`. With
       `track_noise` it is `(value, gradient, noise)`, where `noise` is a pytree of ()
       floats from this call alone, to be averaged over calls: zeros if it had one
-      microbatch, or a gradient that is not finite. To
-      differentiate the function again, pass `in_place=False`. With several losses it
-      has no derivative in reverse mode, because of its loops.
+      microbatch, or a gradient that is not finite. To differentiate the function again,
+      pass `in_place=False`. With several losses it has no derivative in reverse mode,
+      because of its loops.
 
     Raises:
       TypeError, ValueError: an argument is wrong, at once; or a call does not fit it,
