@@ -107,6 +107,21 @@ def mapped(tree):
     return tree | out, {"kept", "number"}
 
 
+def scanned_along_another_axis(tree):
+    """As NNX does for layers that are stacked along axis 1."""
+    layers = {name: jnp.moveaxis(tree[name], 1, 0) for name in ("kept", "new")}
+    _, out = jax.lax.scan(one_layer, 0.0, layers)
+    return tree | {name: jnp.moveaxis(x, 0, 1) for name, x in out.items()}, {
+        "kept",
+        "number",
+    }
+
+
+def turned_back(tree):
+    turn = jax.jit(jnp.transpose)
+    return {**tree, "kept": turn(turn(tree["kept"]))}, {"kept", "new", "number"}
+
+
 def broadcast(tree):
     """A scan that returns one array in each step: no argument has that shape."""
     _, out = jax.lax.scan(lambda c, _: (c, tree["kept"][0]), 0.0, None, length=3)
@@ -119,6 +134,7 @@ def broadcast(tree):
         *(as_it_is, replaced, swapped, jitted, checkpointed, scanned_over),
         *(scanned_and_checkpointed, carried, rotated, looped, branched),
         *(branched_apart, behind_a_barrier, custom, mapped, broadcast),
+        *(scanned_along_another_axis, turned_back),
     ],
     ids=lambda fun: fun.__name__,
 )
@@ -139,3 +155,9 @@ def test_without_leaves_only_shapes_are_asked():
     out, kept = unchanged_leaves(lambda tree: (jnp.ones(3), tree), ())
     assert out.shape == (3,)
     assert kept == []
+
+
+def test_a_square_that_is_transposed_is_another():
+    square = jnp.arange(4.0).reshape(2, 2)
+    _, kept = unchanged_leaves(lambda x: ((), [x[0].T, x[1].T.T]), [square, square])
+    assert kept == [False, True]

@@ -694,3 +694,27 @@ def test_a_frozen_base_is_not_carried_through_scanned_layers(size):
     )
     _, got = nnx.jit(f)(model, x)
     assert distance(nnx.as_pure(got), nnx.as_pure(want)) < 1e-5
+
+
+def test_layers_along_another_axis_are_not_taken_for_written():
+    def layer(rngs):
+        return nnx.Linear(3, 3, rngs=rngs)
+
+    along = nnx.StateAxes({nnx.Param: 1, ...: 0})
+    layers = nnx.split_rngs(splits=2)(nnx.vmap(layer, out_axes=along))(nnx.Rngs(0))
+
+    def loss(layers, x):
+        def apply(layer, x):
+            return jnp.tanh(layer(x))
+
+        run = nnx.scan(apply, in_axes=(along, nnx.Carry), out_axes=nnx.Carry)
+        return jnp.mean(run(layers, x) ** 2)
+
+    x = jnp.arange(12.0).reshape(4, 3)
+    f = accumax.nnx.value_and_grad(loss, microbatch_size=2)
+    value, grads = nnx.jit(f)(layers, x)
+    want, like = nnx.value_and_grad(loss)(layers, x)
+    assert abs(value - want) < 1e-6
+    assert distance(nnx.as_pure(grads), nnx.as_pure(like)) < 1e-5
+    optimizer = optimizer_of(layers, every=1)
+    nnx.jit(accumax.nnx.train_step(loss))(layers, optimizer, x)

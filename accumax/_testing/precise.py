@@ -78,8 +78,11 @@ def in_float64(fun: Callable[..., PyTree], *args: PyTree) -> PyTree:
         arrays = list(map(_as_wide, arrays))
         if program is None or not _is_known(program.jaxpr):
             return of_arrays(arrays)
-        # Jitted, as single operations would each be compiled.
-        out = jax.jit(lambda x: _run(program.jaxpr, program.consts, x))(arrays)
+        run = jax.jit(lambda x: _run(program.jaxpr, program.consts, x))
+        try:
+            out = run(arrays)
+        except (TypeError, ValueError, NotImplementedError):
+            return of_arrays(arrays)  # an operation that float64 does not have
         return jax.tree.unflatten(jax.tree.structure(shape), out)
 
 
@@ -169,7 +172,7 @@ def _apply(eqn: Any, args: list[Any]) -> list[Any]:
     changed = {k: wide(v) if _is_dtype(v) else v for k, v in params.items()}
     if "precision" in changed:
         changed["precision"] = None  # an algorithm for float32
-    return _bind(eqn.primitive, args, changed)
+    return list(map(_as_wide, _bind(eqn.primitive, args, changed)))
 
 
 def _bind(primitive: Any, args: list[Any], params: dict[str, Any]) -> list[Any]:
