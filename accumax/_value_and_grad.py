@@ -124,9 +124,9 @@ def value_and_grad(
         devices. Each device folds its index into its keys. Of the aux, "last" is the
         last device's, and "stack" has the microbatches device after device.
       track_noise: return a third value for `accumax.noise_scale`, whose small batch is
-        the first microbatch or, with `reduce_axis`, what each device has; their weights
-        must then be about equal. With `unroll` on a CPU, it may keep half a gradient
-        more.
+        the first microbatch or, with `reduce_axis`, what each device has (with
+        `accumax.FSDP` only if `once`); their weights must then be about equal. With
+        `unroll` on a CPU, it may keep half a gradient more.
 
     Returns:
       A function of the arguments of `fun` that returns `(value, gradient)`, with aux
@@ -264,7 +264,8 @@ def gradients(
         grads, _ = accumulated.result(Sums(out.grads, out.weight, {}))
         noises = ()
         if out.part is not None:
-            noises = (noise_of(out.part, grads, out.weight if here.mean else None),)
+            divisor = out.weight if here.mean else None
+            noises = (noise_of(out.part, grads, divisor, out.accepted),)
 
         def seen(x: jax.Array) -> jax.Array:
             # No state could count a weight that cannot be: the result says it.

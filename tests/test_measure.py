@@ -296,7 +296,16 @@ def test_a_gradient_of_one_microbatch_tells_nothing():
     f = accumax.value_and_grad(loss_fn, microbatches=2, track_noise=True)
     (_, grads, noise) = jax.jit(f)(PARAMS, rows)
     assert jnp.isnan(grads["b"])
-    assert noise.signal == noise.spread == 0  # a NaN would stay in an average
+    assert tuple(noise) == (0, 0, 0, 0)  # a NaN would stay in an average
+    f = accumax.value_and_grad(
+        lambda p, x: (loss_fn(p, x), jnp.min(x)),
+        microbatches=2,
+        weighted=True,
+        track_noise=True,
+    )
+    _, grads, noise = jax.jit(f)(PARAMS, jnp.float32(ROWS).at[0].set(-1.0))
+    assert jnp.isnan(grads["b"])  # of a negative weight
+    assert tuple(noise) == (0, 0, 0, 0)
     with pytest.raises(ValueError, match="2 weighted losses"):
         accumax.value_and_grad(
             [weighted_loss] * 2, microbatches=2, weighted=True, track_noise=True

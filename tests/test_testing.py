@@ -1098,3 +1098,28 @@ def test_what_cannot_run_as_it_is_gets_float64_arrays():
         found = in_float64(fun, jnp.ones((2, 2)), x)
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, fun(jnp.ones((2, 2)), x), rtol=1e-6)
+
+
+def test_a_scatter_that_applies_a_function_is_not_taken_for_a_set():
+    x = jnp.arange(3.0)
+    found = in_float64(lambda x: x.at[1].apply(jnp.sin), x)
+    np.testing.assert_allclose(found, [0, np.sin(1.0), 2], rtol=1e-12)
+
+
+def test_random_numbers_that_would_be_others_are_an_error():
+    def solves(params, batch):
+        matrix = jnp.eye(6) + params["w"].T @ params["w"]
+        return dropped(params, batch) + jnp.sum(jnp.linalg.solve(matrix, params["v"]))
+
+    tx, params = accumax.accumulate(SGD, 2), two_matrices()
+    step = jax.jit(accumax.train_step(solves, tx))
+    with pytest.raises(ValueError, match="draws random numbers, and has an operation"):
+        check_update(
+            step, params, tx.init(params), drawn([4, 4]), reference=(solves, SGD)
+        )
+
+
+def test_integers_of_numpy_are_what_is_traced():
+    table = np.arange(3)  # int64
+    found = in_float64(lambda i, x: x[i] * 2, table, jnp.arange(4.0))
+    np.testing.assert_array_equal(found, [0, 2, 4])

@@ -71,22 +71,26 @@ def share_of(small: Small, total: jax.Array, unit: int) -> Share:
     return Share(small.square, share, total * unit)
 
 
-def noise_of(part: Share, grads: Any, weight: jax.Array | None) -> Noise:
+def noise_of(
+    part: Share, grads: Any, weight: jax.Array | None, accepted: jax.Array
+) -> Noise:
     """The noise of one call, in items; zeros where it has no smaller part.
 
-    `grads` is the gradient of the call. `weight`, () float, divided its sums, which
-    `part` measures; None if nothing did.
+    Or if a weight was not `accepted`, () bool. `grads` is the gradient of the call.
+    `weight`, () float, divided its sums, which `part` measures; None if nothing did.
     """
     items = part.items
     divisor = items if weight is None else weight
     square = square_of(grads) / (items**2 if weight is None else 1)
     small = Small(part.square / divisor**2, part.share)
     signal, spread, known = estimate(small, square, jnp.ones(()))
+    known &= accepted
 
     def kept(x: jax.Array) -> jax.Array:
         return jnp.where(known, x, 0).astype(x.dtype)
 
-    return Noise(small.square, small.weight * items, kept(signal), kept(spread * items))
+    of_part = kept(small.square), kept(small.weight * items)
+    return Noise(*of_part, kept(signal), kept(spread * items))
 
 
 def share_of_device(

@@ -262,8 +262,8 @@ def said(report: Audit) -> Iterator[str]:
         more = ", ..." if len(report.not_donated) > 4 else ""
         yield (
             f"{len(report.not_donated)} arrays of an optimizer's state are not "
-            f"donated: {names}{more}. Their new values exist beside them. Pass the "
-            "position of the state in donate_argnums too."
+            f"donated: {names}{more}. If outputs of their shape are their new "
+            "values, pass the position of the state in donate_argnums too."
         )
     if report.not_reused:
         names = ", ".join(report.not_reused[:4])

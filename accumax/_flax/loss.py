@@ -91,38 +91,29 @@ class Handing:
 
 
 def _begin(devices: Devices, given: Given, state: Any) -> tuple[Given, Any]:
-    def own(path: Any, x: Any) -> Any:
-        if _is_typed(x):
-            return devices.keys_of_device(x)
-        if (
-            devices.count > 1
-            and _tree.dtype_of(x) == jnp.uint32
-            and x.shape[-1:]
-            in (
-                (2,),
-                (4,),
-            )
-        ):
+    def own(x: Any) -> Any:
+        return devices.keys_of_device(x) if _is_typed(x) else x
+
+    pool, rest = state
+    given = given._replace(keys=devices.keys_of_device(given.keys))
+    return given, (pool, jax.tree.map(own, rest))
+
+
+def _end(devices: Devices, first: Any, last: Any, kept: Any) -> Any:
+    def ended(path: Any, old: jax.Array, new: jax.Array, as_it_was: bool) -> jax.Array:
+        if as_it_was:  # a leaf that no microbatch changes needs no communication
+            return old
+        if old.dtype == jnp.uint32 and old.shape[-1:] in {(2,), (4,)}:
             warnings.warn(
-                f"The state of the loss has {_tree.describe(x)} at "
+                f"The state of the loss has {_tree.describe(old)} at "
                 f"{jax.tree_util.keystr(path)}, as keys of jax.random.PRNGKey are. If "
                 "it is one, all devices draw the same random numbers: make it with "
                 "jax.random.key.",
                 stacklevel=2,
             )
-        return x
+        return devices.last(new)
 
-    pool, rest = state
-    given = given._replace(keys=devices.keys_of_device(given.keys))
-    return given, (pool, jax.tree_util.tree_map_with_path(own, rest))
-
-
-def _end(devices: Devices, first: Any, last: Any, kept: Any) -> Any:
-    def ended(old: jax.Array, new: jax.Array, as_it_was: bool) -> jax.Array:
-        # A leaf that no microbatch changes needs no communication.
-        return old if as_it_was else devices.last(new)
-
-    rest = jax.tree.map(ended, first[1], last[1], kept[1])
+    rest = jax.tree_util.tree_map_with_path(ended, first[1], last[1], kept[1])
     return running.combine(devices, last[0]), rest
 
 

@@ -1,5 +1,6 @@
 """Splits the NNX modules among the arguments of a call, and merges them again."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -70,9 +71,6 @@ class Modules:
 
             before = jax.tree.leaves(lives)
             (out, graphdef, statistics, others), after = called(lives)
-            if unchecked and not _same(before, after):
-                _check_not_written(called, lives)
-            unchecked.clear()  # another trace is of the same program
             loss = read_loss(out, has_aux=has_aux, weighted=weighted)
             statistics, others = nnx.as_pure(statistics), nnx.as_pure(others)
             _tree.check_same("state of the modules", others, self.rest)
@@ -81,6 +79,9 @@ class Modules:
                     "The loss changed a static attribute of a module, as eval() does, "
                     "which cannot be handed on. Do it before."
                 )
+            if unchecked and not _same(before, after):
+                _check_not_written(called, lives)
+            unchecked.clear()  # another trace is of the same program
             return loss, statistics, others
 
         return Handing(Given(self.statistics), self.rest, run)
@@ -99,9 +100,10 @@ def _same(before: list[Any], after: list[nnx.State]) -> bool:
 
 
 def _check_not_written(called: Callable[..., Any], lives: list[nnx.State]) -> None:
-    """Checks that the loss does not change what is differentiated.
+    """Warns if the loss may change what is differentiated.
 
-    A scan over layers returns new arrays of all their variables, changed or not.
+    A scan over layers returns new arrays of all their variables, changed or not. What
+    comes through a `shard_map` or a reshape may be unchanged, too: so no error.
     """
     _, kept = unchanged_leaves(lambda lives: ((), called(lives)[1]), lives)
     paths = jax.tree_util.tree_leaves_with_path(nnx.as_pure(lives))
@@ -111,12 +113,14 @@ def _check_not_written(called: Callable[..., Any], lives: list[nnx.State]) -> No
         if not same
     ]
     if changed:
-        raise ValueError(
-            f"The loss writes to {', '.join(changed[:6])}, which is differentiated, as "
-            "nnx.WeightNorm and nnx.SpectralNorm do. Each microbatch would write "
-            "again, which the big batch does not. Compute that value where it is used, "
-            "without a write (Flax Linen's WeightNorm and SpectralNorm do), or write "
-            "to a variable of another type."
+        warnings.warn(
+            f"The loss writes to {', '.join(changed[:6])}, it seems, which is "
+            "differentiated, as nnx.WeightNorm and nnx.SpectralNorm do. What it writes "
+            "there is lost: each microbatch would write again, which the big batch "
+            "does not. Compute that value where it is used, without a write (Flax "
+            "Linen's WeightNorm and SpectralNorm do), or write to a variable of "
+            "another type.",
+            stacklevel=2,
         )
 
 

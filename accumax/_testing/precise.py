@@ -69,7 +69,7 @@ def in_float64(fun: Callable[..., PyTree], *args: PyTree) -> PyTree:
             full[i] = x
         return fun(*jax.tree.unflatten(structure, full))
 
-    arrays = [leaves[i] for i in places]
+    arrays = [jnp.asarray(leaves[i]) for i in places]  # of the types that are traced
     try:
         program, shape = jax.make_jaxpr(of_arrays, return_shape=True)(arrays)
     except jax.errors.JAXTypeError:  # it looks at the numbers
@@ -77,13 +77,25 @@ def in_float64(fun: Callable[..., PyTree], *args: PyTree) -> PyTree:
     with jax.enable_x64(True):
         arrays = list(map(_as_wide, arrays))
         if program is None or not _is_known(program.jaxpr):
+            _check_draws_nothing(program)
             return of_arrays(arrays)
         run = jax.jit(lambda x: _run(program.jaxpr, program.consts, x))
         try:
             out = run(arrays)
         except (TypeError, ValueError, NotImplementedError):
-            return of_arrays(arrays)  # an operation that float64 does not have
+            _check_draws_nothing(program)  # an operation that float64 does not have
+            return of_arrays(arrays)
         return jax.tree.unflatten(jax.tree.structure(shape), out)
+
+
+def _check_draws_nothing(program: ClosedJaxpr | None) -> None:
+    if program is not None and _draws(program.jaxpr):
+        raise ValueError(
+            "The reference draws random numbers, and has an operation that cannot run "
+            "in float64 as it was traced (a linear solve, a kernel, a jax.Ref): with "
+            "float64 arrays it would draw others. Draw before, and pass what is drawn "
+            "in the batch."
+        )
 
 
 def _as_wide(x: Any) -> Any:
@@ -108,12 +120,28 @@ def _is_known(program: Jaxpr) -> bool:
         avals = [x.aval for x in (*eqn.invars, *eqn.outvars)]
         if any(hasattr(x, "inner_aval") or not hasattr(x, "dtype") for x in avals):
             return False  # a jax.Ref, a token
+        if name == "scatter" and not _replaces(eqn.params["update_jaxpr"]):
+            return False  # x.at[i].apply(f)
         inner = [] if name in _SCATTERS else list(_inner(eqn))
         if inner and name not in _CALLS and name not in _LOOPS:
             return False
         if not all(map(_is_known, inner)):
             return False
     return True
+
+
+def _replaces(update: Any) -> bool:
+    return update is None or update.outvars[0] is update.invars[1]
+
+
+def _draws(program: Jaxpr) -> bool:
+    """Whether random numbers are drawn in it."""
+    return any(
+        "random_bits" in eqn.primitive.name
+        or "threefry" in eqn.primitive.name
+        or any(map(_draws, _inner(eqn)))
+        for eqn in program.eqns
+    )
 
 
 def _inner(eqn: Any) -> Iterator[Jaxpr]:

@@ -12,10 +12,8 @@ import jax
 from .._types import PyTree
 from .jaxprs import inner_jaxprs, is_variable
 
-_CALLS = (
-    *("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"),
-    *("custom_jvp_call", "custom_vjp_call"),
-)
+# Not custom_vjp and custom_jvp: their rules may change what the function hands on.
+_CALLS = "jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"
 _SAME = "optimization_barrier", "sharding_constraint", "reshard", "copy", "copy_p"
 
 # A result that is an input, with its axes in this order.
