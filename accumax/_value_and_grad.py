@@ -126,7 +126,7 @@ def value_and_grad(
       track_noise: return a third value for `accumax.noise_scale`, whose small batch is
         the first microbatch or, with `reduce_axis`, what each device has (with
         `accumax.FSDP` only if `once`); their weights must then be about equal. With
-        `unroll` on a CPU, it may keep half a gradient more.
+        `unroll`, up to half a gradient more may be kept.
 
     Returns:
       A function of the arguments of `fun` that returns `(value, gradient)`, with aux

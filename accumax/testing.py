@@ -263,7 +263,7 @@ def check_update(
         `(params, batch) -> new params`. For the truth, its program runs with each
         operation in float64, also those of a loss that casts to bfloat16; random
         numbers stay the same. Where that is impossible (a kernel, a `jax.Ref`), it is
-        called with float64 arrays instead.
+        called with float64 arrays instead, and must not draw random numbers.
       call: `(step, params, opt_state, microbatch) -> (params, opt_state)`, for steps of
         another signature. For a Flax train state, which is then `opt_state`:
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from .._devices.one import Devices
 from .._sums import Accumulator, has_items
 from .._types import ArrayLike, PyTree
-from .._xla.handed_on import unchanged_leaves
+from .._xla.handed_on import restored, unchanged_leaves
 from .._xla.jaxprs import pruned
 from .._xla.loops import SMALL, reset
 from .._xla.programs import is_transformed
@@ -58,8 +58,7 @@ def at_once(
 
     def read(live: PyTree) -> tuple[Loss, PyTree]:
         out, new = run(live, call.state)
-        # A loop that hands on a leaf returns a new one, and XLA keeps both.
-        return out, jax.tree.map(lambda k, x, y: x if k else y, kept, call.state, new)
+        return out, restored(kept, call.state, new)
 
     def fun(live: PyTree) -> tuple[jax.Array, Any]:
         out, state = read(live)
@@ -198,7 +197,7 @@ class Gradient:
             # so keep both (a norm and Adam: temp of 2.0 x parameters for 1.2).
             out = out._replace(grads=lax.optimization_barrier(out.grads))
         if devices.own_sums and self.measures is not None:
-            unit = 1 if loop.weighted else parts.unit
+            unit = loop.unit(parts)
             part = share_of_device(out, unit, devices, self.measures)
             out = out._replace(part=part)
         return out._replace(grads=devices.end(held, out.grads))

@@ -14,7 +14,7 @@ from .._devices.one import ONE, Devices
 from .._noise import Share
 from .._sums import Sums, accumulator, has_items, is_valid_weight
 from .._types import ArrayLike, PyTree
-from .._xla.handed_on import unchanged_leaves
+from .._xla.handed_on import restored, unchanged_leaves
 from .._xla.jaxprs import pruned
 from .._xla.loops import at_most_once
 from .._xla.programs import is_transformed
@@ -68,6 +68,10 @@ class Loop:
     aux: Sequence[PyTree]
     in_place: bool
 
+    def unit(self, parts: Parts) -> int:
+        """How many items a weight of 1 is."""
+        return 1 if self.weighted else parts.unit
+
     def run(
         self,
         call: Call,
@@ -114,7 +118,7 @@ class Loop:
         else:
             body = measured(body, measures)
             (sums, seen, state), small = parts.scan(body, (carry, nothing()))
-            part = share_of(small, seen[0].weight, 1 if self.weighted else parts.unit)
+            part = share_of(small, seen[0].weight, self.unit(parts))
 
         def together(devices: Devices) -> Any:
             each = [t.combine(devices, s) for t, s in zip(terms, seen, strict=True)]
@@ -194,10 +198,7 @@ class _Term:
         args = with_live(args, live)
         loss, new = self.stateful.run(self.given, state, args, kwargs)
         check_aux_leaves(loss.aux)
-        new = _tree.cast_like(new, state)
-        # A loop that hands on a leaf returns a new one, which would be carried.
-        kept = jax.tree.map(lambda k, x, y: x if k else y, self.kept, state, new)
-        return loss, kept
+        return loss, restored(self.kept, state, _tree.cast_like(new, state))
 
     def _agreement(self, parts: list[Part]) -> tuple[Callable[..., Any], bool]:
         """Calls `Devices.agreement` for the losses of these microbatches.

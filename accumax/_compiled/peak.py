@@ -145,7 +145,7 @@ def _sent(compiled: Any, devices: frozenset[Any]) -> int | None:
     if not text:
         return None
     module = hlo.parse(text)
-    found = collectives(module, timeline(module), Shapes({}, {}))
+    found = collectives(module, timeline(module), Shapes.make([]))
     if any(x.times is None for x in found):
         return None
     return sum(x.bytes * (x.times or 0) for x in found)

@@ -157,6 +157,10 @@ class Audit:
         return figure
 
 
+def _few(paths: tuple[str, ...]) -> str:
+    return ", ".join(paths[:4]) + (", ..." if len(paths) > 4 else "")
+
+
 def _times(n: int | float | None) -> str:
     return "?" if n is None else f"{n:g}"
 
@@ -258,20 +262,16 @@ def said(report: Audit) -> Iterator[str]:
             "donate_argnums for the old ones to jax.jit; a gradient is not."
         )
     elif report.not_donated:
-        names = ", ".join(report.not_donated[:4])
-        more = ", ..." if len(report.not_donated) > 4 else ""
         yield (
             f"{len(report.not_donated)} arrays of an optimizer's state are not "
-            f"donated: {names}{more}. If outputs of their shape are their new "
-            "values, pass the position of the state in donate_argnums too."
+            f"donated: {_few(report.not_donated)}. If outputs of their shape are their "
+            "new values, pass the position of the state in donate_argnums too."
         )
     if report.not_reused:
-        names = ", ".join(report.not_reused[:4])
-        more = ", ..." if len(report.not_reused) > 4 else ""
         yield (
             f"{len(report.not_reused)} donated arguments are not reused by an output: "
-            f"{names}{more}. An output of the same shape and dtype reuses one; do not "
-            "donate what has none."
+            f"{_few(report.not_reused)}. An output of the same shape and dtype reuses "
+            "one; do not donate what has none."
         )
     if report.crossed:
         (one, other), *_ = report.crossed

@@ -186,13 +186,9 @@ def _overdetermined(leaf: Leaf) -> bool:
     _, columns = leaf.load()
     rank = np.linalg.matrix_rank(columns, tol=1e-5 * np.linalg.norm(columns))
     free = leaf.count - int(
-        np.all(np.abs(np.sum(columns, 0)) <= 1e-5 * _norms(columns))
+        np.all(np.abs(np.sum(columns, 0)) <= 1e-5 * np.linalg.norm(columns, axis=0))
     )
     return free > rank
-
-
-def _norms(columns: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(columns, axis=0)
 
 
 def _rms(x: np.ndarray) -> float:

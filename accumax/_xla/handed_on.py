@@ -36,6 +36,14 @@ def unchanged_leaves(
     return out, [x == i for i, x in enumerate(found)]
 
 
+def restored(kept: PyTree, old: PyTree, new: PyTree) -> PyTree:
+    """Returns `new`, with the leaves of `old` where `kept`, a tree of bool, is true.
+
+    XLA keeps both, or carries the new one, of a leaf that a loop hands on.
+    """
+    return jax.tree.map(lambda k, x, y: x if k else y, kept, old, new)
+
+
 def _unmoved(jaxpr: Any) -> list[int | None]:
     """For each output the number of the input that it is, or None."""
 
