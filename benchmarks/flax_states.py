@@ -1,13 +1,18 @@
-"""Memory and copies of a Flax step with BatchNorm and an average of the parameters.
+"""Memory and copies of steps of Flax modules.
 
     python benchmarks/flax_states.py cpu     # or gpu, tpu: see devices.py
 
-Arguments and temporary memory in units of the parameters, and copies of a parameter's
-size, of eight layers of BatchNorm and Dense with AdamW. Plain Flax and Optax first: a
-step without accumulation. The one unit between them is the accumulator; this step's
-gradient is used up as it comes, so there is none that the accumulator could replace.
-With --width 512 and less, XLA:CPU transposes the matrices for its products, and counts
-copies for the plain step too (16, accumax 10, with microbatches 39).
+Arguments and temporary memory in units of all parameters, and copies of a parameter's
+size, with AdamW. Plain Flax and Optax first: a step without accumulation.
+
+"batchnorm": eight layers of BatchNorm and Dense, with an average of the parameters.
+The one unit between the plain step and ours is the accumulator; this step's gradient is
+used up as it comes, so there is none that the accumulator could replace. With --width
+512 and less, XLA:CPU transposes the matrices for its products, and counts copies for
+the plain step too (16, accumax 10, with microbatches 39).
+
+"lora": eight scanned and rematerialised layers of which only a low-rank addition is
+trained. Flax gives each variable of scanned layers back as a new array.
 """
 
 import argparse
@@ -21,11 +26,12 @@ import jax.numpy as jnp
 import optax
 import programs
 from flax import nnx
+from results import Row
 
 import accumax.linen
 import accumax.nnx
 
-LAYERS, ROWS, DECAY = 8, 32, 0.99
+LAYERS, ROWS, DECAY, RANK = 8, 32, 0.99, 4
 
 
 class Linen(nn.Module):
@@ -51,6 +57,24 @@ class NNX(nnx.Module):
         return x
 
 
+class LoRA(nnx.Module):
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=LAYERS)
+        @nnx.vmap
+        def stacked(rngs: nnx.Rngs) -> nnx.LoRALinear:
+            return nnx.LoRALinear(width, width, lora_rank=RANK, rngs=rngs)
+
+        self.layers = stacked(rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        @nnx.remat
+        def through(x: jax.Array, layer: nnx.LoRALinear) -> jax.Array:
+            return nnx.tanh(layer(x))
+
+        return through(x, self.layers)
+
+
 class State(accumax.linen.TrainState):
     batch_stats: Any
     ema_params: Any
@@ -59,7 +83,46 @@ class State(accumax.linen.TrainState):
 Step = tuple[Callable[..., Any], Any]
 
 
-def steps(width: int) -> dict[str, Step]:
+def square(model: nnx.Module, x: jax.Array) -> jax.Array:
+    return jnp.mean(model(x) ** 2)
+
+
+def of_modules(step: Any, model: nnx.Module, optimizer: Any) -> Step:
+    """A step of a module and its optimizer, as one of arrays."""
+    graphdef, state = nnx.split((model, optimizer))
+
+    def run(state: Any, x: jax.Array) -> Any:
+        both = nnx.merge(graphdef, state)
+        loss = step(*both, x)
+        return nnx.as_pure(nnx.state(both)), loss
+
+    return run, nnx.as_pure(state)
+
+
+def lora(width: int) -> dict[str, Step]:
+    """As `batchnorm`. Their base is frozen."""
+    model, tx = LoRA(width, nnx.Rngs(0)), optax.adamw(1e-3)
+
+    def plain(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
+        trained = nnx.DiffState(0, nnx.LoRAParam)
+        loss, grads = nnx.value_and_grad(square, argnums=trained)(model, x)
+        optimizer.update(model, grads)
+        return loss
+
+    def ours(**options: Any) -> Step:
+        optimizer = accumax.nnx.Optimizer(model, tx, wrt=nnx.LoRAParam, every=8)
+        step = accumax.nnx.train_step(square, **options)
+        return of_modules(step, model, optimizer)
+
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    return {
+        "none": of_modules(plain, model, optimizer),
+        "nnx": ours(),
+        "nnx_divided": ours(microbatch_size=ROWS // 4),
+    }
+
+
+def batchnorm(width: int) -> dict[str, Step]:
     """From the name of each step to it, and to the state that it takes."""
     net, tx = Linen(width), optax.adamw(1e-3)
 
@@ -103,25 +166,19 @@ def steps(width: int) -> dict[str, Step]:
 
     model = NNX(width, nnx.Rngs(0))
     optimizer = accumax.nnx.Optimizer(model, tx, wrt=nnx.Param, every=8)
-    graphdef, state = nnx.split((model, optimizer))
-    nnx_step = accumax.nnx.train_step(lambda model, x: jnp.mean(model(x) ** 2))
-
-    def of_module(state: Any, x: jax.Array) -> Any:
-        both = nnx.merge(graphdef, state)
-        loss = nnx_step(*both, x)
-        return nnx.as_pure(nnx.state(both)), loss
-
     return {
-        "plain Flax and Optax": (plain, jax.eval_shape(plain_state)),
-        "TrainState.train_step": (linen, jax.eval_shape(linen_state)),
-        "  microbatch_size": (divided, jax.eval_shape(linen_state)),
-        "nnx.train_step, no average": (of_module, nnx.as_pure(state)),
+        "none": (plain, jax.eval_shape(plain_state)),
+        "linen": (linen, jax.eval_shape(linen_state)),
+        "linen_divided": (divided, jax.eval_shape(linen_state)),
+        "nnx": of_modules(accumax.nnx.train_step(square), model, optimizer),
     }
 
 
-def figures(target: str, width: int = 1024) -> dict[str, tuple[float, float, int]]:
-    """From each name to arguments, temporary memory and copies."""
-    sharding = jax.sharding.SingleDeviceSharding(devices.device(target))
+def figures(
+    on: devices.Device, width: int = 1024
+) -> dict[str, tuple[float, float, int]]:
+    """From `MODEL/STEP` to arguments, temporary memory and copies."""
+    sharding = jax.sharding.SingleDeviceSharding(on)
 
     def place(tree: Any) -> Any:
         return jax.tree.map(
@@ -130,15 +187,27 @@ def figures(target: str, width: int = 1024) -> dict[str, tuple[float, float, int
 
     x = place(jax.ShapeDtypeStruct((ROWS, width), jnp.float32))
     found = {}
-    params = jax.eval_shape(Linen(width).init, jax.random.key(0), x)["params"]
-    unit = programs.bytes_of(params)
-    for name, (step, state) in steps(width).items():
-        jitted = jax.jit(step, donate_argnums=0)
-        compiled = jitted.lower(place(state), x).compile()
-        memory: Any = compiled.memory_analysis()
-        copies, _ = programs.copies(compiled.as_text() or "", params)
-        arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        found[name] = arguments / unit, temp / unit, copies
+    for make, model in ((batchnorm, NNX), (lora, LoRA)):
+        params = nnx.as_pure(nnx.state(model(width, nnx.Rngs(0)), nnx.Param))
+        unit = programs.bytes_of(params)
+        for name, (step, state) in make(width).items():
+            jitted = jax.jit(step, donate_argnums=0)
+            compiled = jitted.lower(place(state), x).compile()
+            memory: Any = compiled.memory_analysis()
+            copies, _ = programs.copies(compiled.as_text() or "", params)
+            arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            case = f"{make.__name__}/{name}"
+            found[case] = arguments / unit, temp / unit, copies
+    return found
+
+
+def rows(on: devices.Device, target: str, width: int = 1024) -> list[Row]:
+    """`flax/MODEL/TARGET/STEP`: arguments and temporary memory."""
+    found = []
+    for case, (arguments, temp, _) in figures(on, width).items():
+        model, step = case.split("/")
+        name = f"flax/{model}/{target}/{step}"
+        found.append(Row(name, arguments + temp, "x parameters"))
     return found
 
 
@@ -147,8 +216,9 @@ def main() -> None:
     parser.add_argument("target", choices=("cpu", "gpu", "tpu"))
     parser.add_argument("--width", type=int, default=1024)
     flags = parser.parse_args()
+    on = devices.device(flags.target)
     print(f"{'':28}{'arguments':>10}{'temp':>8}{'copies':>8}  ({flags.target})")
-    for name, (arguments, temp, copies) in figures(flags.target, flags.width).items():
+    for name, (arguments, temp, copies) in figures(on, flags.width).items():
         print(f"{name:28}{arguments:10.3f}{temp:8.3f}{copies:8}")
 
 

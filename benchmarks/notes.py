@@ -56,9 +56,16 @@ CAUSES = [
         "than the peer, which rounds the mean gradient and the moments first.",
     ),
     (
-        r"memory/mlp_weighted/.*/value_and_grad: array_refs",
+        r"memory/(mlp_weighted|narrow)/.*/value_and_grad: ",
         "The rows of one microbatch: accumax takes every k-th row, so that a sharded "
-        "batch stays where it is, and copies them; array_refs reads a block of rows.",
+        "batch stays where it is, and copies them; the peer reads a block of rows.",
+    ),
+    (
+        r"memory/head/.*/gpu/(train_step|apply_gradients): ",
+        "XLA:GPU adds the gradient of the one large matrix to its sum within the "
+        "product only if the sum is an argument of the program or of a loop, and the "
+        "reset of a window makes it neither. Microbatches within a call have it in a "
+        "loop: see value_and_grad. Good to know in the documentation has two ways.",
     ),
     (
         r"(memory|copies)/resnet/.*/gpu/",
@@ -143,6 +150,11 @@ CAUSES_ABOVE = [
         "It is handed a gradient tree, as large as the parameters. The floor has none.",
     ),
     (r"memory/resnet/", _RESNET),
+    (
+        r"memory/narrow/.*/value_and_grad",
+        "The rows of one microbatch, which are copied out of the batch: the floor has "
+        "them as an argument.",
+    ),
     (
         r"memory/leaves/",
         "256 arrays of 1 KB: scalars count here, and buffers as large as one array.",

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import accuracy
 import adama
 import devices
+import flax_states
 import floors
 import growth
 import info_nce
@@ -151,6 +152,7 @@ def compiled_jobs(on: devices.Device, target: str, scale: Scale) -> list[Job]:
             "optax_notebook/memory": lambda: optax_notebook.memory(on, target),
             "gradcache/memory": lambda: info_nce.memory(width, on, target),
             "pictures": lambda: pictured.rows(on, target),
+            "flax": lambda: flax_states.rows(on, target),
         }
         if target == "tpu":
             claims["offload"] = lambda: offload.rows(on, target)

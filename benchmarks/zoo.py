@@ -1,7 +1,8 @@
 """Unlike models with unlike optimizers: one model proves nothing.
 
 Their shapes are small enough to compile in seconds. Parameters outweigh the
-activations, except in the residual net, the LSTM and the token-weighted perceptron.
+activations, except in the residual net, the LSTM, the token-weighted perceptron and the
+narrow rows.
 """
 
 import dataclasses
@@ -211,6 +212,19 @@ def perceptrons(width: int, layers: int, rows: int) -> list[Model]:
     ]
 
 
+def lopsided(width: int, rows: int) -> list[Model]:
+    """Nearly all in one place: in the batch, or in one matrix."""
+    table = [{"up": array(13, 26), "down": array(26, 13)}]
+    sizes = (width, width), (width, 16 * width)
+    layers = [array(*size) for size in sizes]
+    dense = functools.partial(one_by_one, lambda x, w: jnp.tanh(x @ w))
+    loop = functools.partial(one_by_one, block)
+    return [
+        Model("narrow", loop, table, array(32 * width, 13)),  # rows of 13 numbers
+        Model("head", dense, layers, array(rows, width)),
+    ]
+
+
 def stacks(width: int, layers: int, rows: int) -> list[Model]:
     """Layers in a scan that are no transformer's."""
     d = width
@@ -284,6 +298,7 @@ def models(scale: float = 1) -> list[Model]:
     }
     found = [
         *perceptrons(of(2048), 8, 64),
+        *lopsided(of(1024), 64),
         Model("resnet", residual_net, residual_shapes(of(64)), array(32, 32, 32, 3)),
         *transformers(size),
         *stacks(of(2048), 8, 64),

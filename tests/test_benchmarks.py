@@ -148,8 +148,12 @@ def test_a_target_that_is_unknown_is_refused(capsys):
 
 
 def test_a_flax_step_costs_its_accumulator_and_copies_nothing():
-    plain, *ours = flax_states.figures("cpu").values()
-    for arguments, temp, copies in ours:
-        assert copies == 0
-        assert arguments - plain[0] <= 1.01
-        assert temp <= plain[1] + 0.001
+    found = flax_states.figures(devices.device("cpu"))
+    for name, (arguments, temp, copies) in found.items():
+        model, step = name.split("/")
+        plain = found[f"{model}/none"]
+        if step != "none":
+            assert copies == 0
+            # Only a low-rank addition is trained of "lora".
+            assert arguments - plain[0] <= (1.01 if model == "batchnorm" else 0.02)
+            assert temp <= plain[1] + 0.001
