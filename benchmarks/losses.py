@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import report
 from devices import Device
 from programs import Compiled, compiled
+from results import Row
 
 import accumax
 
@@ -21,9 +22,18 @@ DEPTHS = (4, 6, 8)  # the layers that a loss goes through
 PARTS = 4  # microbatches, where the losses are also divided
 
 ALONE = "the costliest alone"
+SUM = "their sum"
+ONE_BY_ONE = "grad(l1) + grad(l2) + grad(l3)"
 DIVIDED_ALONE = f"the costliest alone, microbatches={PARTS}"
 IN_TURN = "value_and_grad of the three, microbatches=1"
 DIVIDED = f"value_and_grad of the three, microbatches={PARTS}"
+# As rows have them, each relative to the costliest loss alone, in as many microbatches.
+NAMES = {
+    "sum": (SUM, ALONE),
+    "one_by_one": (ONE_BY_ONE, ALONE),
+    "in_turn": (IN_TURN, ALONE),
+    "divided": (DIVIDED, DIVIDED_ALONE),
+}
 
 
 class Model(NamedTuple):
@@ -87,26 +97,46 @@ def gradients(
     last = losses[-1]
     return {
         ALONE: jax.value_and_grad(last),
-        "their sum": jax.value_and_grad(joint),
-        "grad(l1) + grad(l2) + grad(l3)": sequential,
+        SUM: jax.value_and_grad(joint),
+        ONE_BY_ONE: sequential,
         IN_TURN: accumax.value_and_grad(losses, microbatches=1),
         DIVIDED_ALONE: accumax.value_and_grad(last, microbatches=PARTS),
         DIVIDED: accumax.value_and_grad(losses, microbatches=PARTS),
     }
 
 
+def shape(width: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((16 * width, width), jnp.float32)
+
+
+def figures(model: Model, width: int, on: Device) -> dict[str, Compiled]:
+    return {
+        name: compiled(forms.kept(gradient), model.params, shape(width), on)
+        for name, gradient in gradients(model.losses).items()
+    }
+
+
+def rows(on: Device, target: str, width: int = 1024) -> list[Row]:
+    """`losses/{trunk, heads}/TARGET/FORM`: temporary memory."""
+    found = []
+    for make in (trunk, heads):
+        each = figures(make(width), width, on)
+        for form, (name, alone) in NAMES.items():
+            row = f"losses/{make.__name__}/{target}/{form}"
+            ratio = each[name].temp / each[alone].temp
+            found.append(Row(row, ratio, "x the costliest loss"))
+    return found
+
+
 def table(width: int, on: Device) -> list[report.Bar]:
     """Prints a table for each model; gives their bars."""
     bars = []
     for model in (trunk(width), heads(width)):
-        x = jax.ShapeDtypeStruct((16 * width, width), jnp.float32)
-        found: dict[str, Compiled] = {
-            name: compiled(forms.kept(gradient), model.params, x, on)
-            for name, gradient in gradients(model.losses).items()
-        }
+        found = figures(model, width, on)
         alone = found[ALONE].temp
         report.table(
-            f"Gradient of three losses, {model.name}, {x.shape[0]} rows of {width}",
+            f"Gradient of three losses, {model.name}, "
+            f"{shape(width).shape[0]} rows of {width}",
             ["", "temp", "/costliest"],
             [
                 [name, f"{c.temp:.3f}", f"{c.temp / alone:.3f}"]

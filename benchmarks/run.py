@@ -36,6 +36,7 @@ import growth
 import info_nce
 import jax
 import logits
+import losses
 import notes
 import offload
 import optax
@@ -46,6 +47,7 @@ import pictures
 import report
 import results
 import timing
+import weighted
 import zoo
 from devices import CHIPS
 from results import Row
@@ -153,6 +155,8 @@ def compiled_jobs(on: devices.Device, target: str, scale: Scale) -> list[Job]:
             "gradcache/memory": lambda: info_nce.memory(width, on, target),
             "pictures": lambda: pictured.rows(on, target),
             "flax": lambda: flax_states.rows(on, target),
+            "losses": lambda: losses.rows(on, target),
+            "weighted": lambda: weighted.rows(on, target),
         }
         if target == "tpu":
             claims["offload"] = lambda: offload.rows(on, target)
