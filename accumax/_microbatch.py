@@ -88,6 +88,7 @@ def microbatch(
     @functools.wraps(fun, updated=())
     def microbatch_fun(*args: Any, **kwargs: Any) -> PyTree:
         call = args, kwargs
+        divide.rows(fun, (), args, kwargs)
 
         def parts_of(arrays: PyTree) -> Parts:
             return divide.parts(fun, (), *_tree.restore(arrays, call))

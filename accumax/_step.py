@@ -23,6 +23,10 @@ from ._window.inner import OF_OPTAX
 from ._window.state import AccumulateState, gradient_of
 from ._window.window import Window
 
+# Options that mean nothing without microbatches. Where the loss has a state, its
+# statistics are weighed by rows, so that the first may be there.
+OF_MICROBATCHES = "batch_argnums", "rng_argnums", "aux", "unroll", "num_microbatches"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
@@ -60,14 +64,14 @@ class Step:
             check_aux_wanted(self.aux, self.has_aux)
             _ = self._split  # raises if the options do not fit
             return devices
-        batch_argnums = 1 if self.by_rows else self.batch_argnums
-        options = batch_argnums, self.rng_argnums, self.aux, self.unroll
-        if self.num_microbatches is not None or options != (1, (), "mean", 1):
+        names = OF_MICROBATCHES[self.by_rows :]
+        options = {name: getattr(self, name) for name in names}
+        used = [n for n, x in options.items() if _differs(x, getattr(Step, n))]
+        if used:
             raise ValueError(
-                f"batch_argnums={self.batch_argnums}, rng_argnums={self.rng_argnums}, "
-                f"aux={self.aux!r}, unroll={self.unroll} and num_microbatches="
-                f"{self.num_microbatches} are for microbatches, and "
-                "there are none. Pass microbatch_size or microbatches."
+                f"{', '.join(f'{n}={options[n]!r}' for n in used)}: for microbatches "
+                "or devices, and there are none. Pass microbatch_size, microbatches or "
+                "reduce_axis, or leave it away."
             )
         return devices
 
@@ -172,6 +176,12 @@ class Step:
             window, params, opt_state, sums, progress, extra_args, small
         )
         return params, opt_state, result, out.state
+
+
+def _differs(value: Any, default: Any) -> bool:
+    if value is default:
+        return False
+    return not isinstance(value, (int, str, tuple)) or value != default  # no arrays
 
 
 def _check_keywords(

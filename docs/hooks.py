@@ -93,7 +93,12 @@ def measured() -> dict[str, pathlib.Path]:
     """The newest page of results of each chip, by its title."""
     pages = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
     # Names begin with the date, 2026-11-26-, and the chip's pictures with its name.
-    return {page.stem[11:].replace("-", " "): page for page in pages}
+    return {f"Results: {_chip(page.stem[11:])}": page for page in pages}
+
+
+def _chip(name: str) -> str:
+    words = name.split("-")
+    return " ".join(x if x.startswith("v") else x.upper() for x in words)  # TPU v5e
 
 
 def tables(page: pathlib.Path) -> str:

@@ -86,16 +86,21 @@ def test_the_line_for_multisteps_is_the_big_batch_and_multisteps(sections):
     assert distance(section["params"], params) < TOLERANCE
 
 
-def test_a_stored_multisteps_state_goes_on():
+@pytest.mark.parametrize("calls", [2, 3])  # after a window, and within one
+def test_a_stored_multisteps_state_goes_on(calls):
     inner = optax.adam(optax.linear_schedule(0.1, 0.0, 4))
     first, grads = optax.MultiSteps(inner, 2), gradients()
-    params, old = run(first, grads[:2])
+    params, old = run(first, grads[:calls])
     want, _ = run(first, grads[:4])
     tx = accumax.accumulate(inner, every=2)
     state = tx.init(params)._replace(
-        inner_opt_state=old.inner_opt_state, gradient_step=old.gradient_step
+        inner_opt_state=old.inner_opt_state,
+        gradient_step=old.gradient_step,
+        mini_step=old.mini_step,
+        acc_grads=jax.tree.map(lambda mean: mean * old.mini_step, old.acc_grads),
+        acc_weight=jnp.float32(old.mini_step),
     )
-    for grad in grads[2:4]:
+    for grad in grads[calls:4]:
         updates, state = tx.update(grad, state, params)
         params = optax.apply_updates(params, updates)
     assert distance(params, want) < TOLERANCE

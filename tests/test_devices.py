@@ -794,3 +794,33 @@ def test_a_tail_gathers_no_parameter_that_is_divided(options, kind):
         np.testing.assert_allclose(f(w, x), jax.grad(loss)(w, x), rtol=1e-5)
         found = accumax.audit(f, w, x).collectives
         assert all(c.bytes < 6 * 8 * 4 for c in found if "gather" in c.op)
+
+
+def forgetful(reduce_axis, **options):
+    """A step in which each device should have its rows of two arguments."""
+    if isinstance(reduce_axis, accumax.FSDP):
+        return accumax.value_and_grad(masked_sum, reduce_axis=reduce_axis, **options)
+    tx = accumax.accumulate(optax.sgd(1.0), 1, reduce_axis=reduce_axis)
+    step = accumax.train_step(masked_sum, tx, **options)
+    return lambda w, x, m: step(w, tx.init(w), x, m)[2:]
+
+
+def masked_sum(w, x, m):
+    return jnp.sum((x @ w) ** 2), jnp.sum(m)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis", ["data", accumax.FSDP("data", specs=P("data"))])
+@pytest.mark.parametrize("rows", [4, 8])
+def test_rows_that_every_device_would_have_whole_are_warned_of(kind, axis, rows):
+    with jax.set_mesh(mesh_of(kind, (4,))):
+        w, x, m = put(jnp.ones(4)), jnp.ones((rows, 4)), jnp.ones(rows)
+        options = {"microbatches": 1, "weighted": True}
+        with pytest.warns(UserWarning, match=r"float32\[\d\].*batch_argnums=\(1, 2\)"):
+            jax.jit(forgetful(axis, **options))(w, x, m)
+        options["batch_argnums"] = 1, 2
+        value, *_ = jax.jit(forgetful(axis, **options))(w, x, m)
+        assert value == 16  # warnings are errors here
+        # As many numbers as a device has rows are no rows.
+        fewer = {"batch_argnums": 1}
+        jax.jit(forgetful(axis, **(options | fewer)))(w, x, jnp.ones(rows // 4))

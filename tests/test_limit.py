@@ -154,5 +154,5 @@ def test_a_number_that_cannot_be_is_an_error(n, options, error, words):
 
 def test_it_is_for_microbatches():
     tx = accumax.accumulate(optax.sgd(0.1), 2)
-    with pytest.raises(ValueError, match="num_microbatches=2 are for microbatches"):
+    with pytest.raises(ValueError, match="num_microbatches=2: for microbatches"):
         accumax.train_step(loss_fn, tx, num_microbatches=2)

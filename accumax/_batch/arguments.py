@@ -218,24 +218,20 @@ def check_no_key(place: Place, tree: PyTree) -> None:
             )
 
 
-def check_shared(
+def warn_of_rows(
     shared: dict[Place, PyTree],
     rows: int,
     argnums: tuple[int, ...],
     batch_argnums: tuple[Place, ...],
 ) -> None:
-    """Checks the arguments that every microbatch gets whole.
+    """Warns of an argument that is not divided and has as many rows as the batch.
 
-    Warns of an argument that is not differentiated if it has as many rows as the batch:
-    an array, or all arrays of a tree that comes after the batch. One before it is
-    rather a model, whose layers may be as wide as the batch is long.
-
-    Raises:
-      ValueError: an argument holds a key: all microbatches would draw the same numbers.
+    That is an array, or all arrays of a tree that comes after the batch. One before it
+    is rather a model, whose layers may be as wide as the batch is long. `rows` are
+    those of all devices.
     """
     first = min((p for p in batch_argnums if isinstance(p, int)), default=0)
     for place, tree in shared.items():
-        check_no_key(place, tree)
         if place in argnums or rows == 1:
             continue
         before = isinstance(place, int) and place < first
@@ -245,8 +241,8 @@ def check_shared(
         if shapes and all(shape[0] == rows for shape in shapes):
             warnings.warn(
                 f"Argument {place!r} is {_tree.outline(tree)}, with as many rows as "
-                "the batch, and goes whole to every microbatch. If it holds rows of "
-                "the batch, let batch_argnums name it too: batch_argnums="
+                "the batch, and goes whole to every microbatch and device. If it holds "
+                "rows of the batch, let batch_argnums name it too: batch_argnums="
                 f"{(*batch_argnums, place)}.",
                 stacklevel=2,
             )

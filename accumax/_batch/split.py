@@ -19,11 +19,12 @@ from .arguments import (
     Place,
     check_keys,
     check_limit,
+    check_no_key,
     check_places,
     check_positive,
     check_rows,
-    check_shared,
     find,
+    warn_of_rows,
 )
 from .rows import rows_of_part
 
@@ -170,6 +171,27 @@ class Split:
     rng_argnums: tuple[Place, ...]
     unroll: int | bool
 
+    def rows(
+        self,
+        fun: Callable[..., Any],
+        argnums: tuple[int, ...],
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> int:
+        """Returns the rows of a call; arguments as for `parts`.
+
+        Warns of rows that `batch_argnums` may have forgotten.
+
+        Raises:
+          TypeError, ValueError: the call does not fit.
+        """
+        call = {**dict(enumerate(args)), **kwargs}
+        batches, keys = self._places(fun, argnums, args, kwargs)
+        rows = check_rows({place: call[place] for place in batches})
+        shared = {place: call[place] for place in call.keys() - batches - keys}
+        warn_of_rows(shared, rows, argnums, self.batch_argnums)
+        return rows
+
     def per_device(
         self,
         devices: Devices,
@@ -186,9 +208,7 @@ class Split:
         Raises:
           TypeError, ValueError: the call does not fit, or the devices do not divide it.
         """
-        call = {**dict(enumerate(args)), **kwargs}
-        batches, _ = self._places(fun, argnums, args, kwargs)
-        rows = check_rows({place: call[place] for place in batches})
+        rows = self.rows(fun, argnums, args, kwargs)
         count, size = devices.divides, self.microbatch_size
         over = f"the {count} devices along reduce_axis={devices.names}"
         if rows % count:
@@ -214,6 +234,8 @@ class Split:
                 f"devices, and {over} do not divide it. Pass a multiple of {count}."
             )
         own = dataclasses.replace(self, microbatch_size=size and size // count)
+        batches, _ = self._places(fun, argnums, args, kwargs)
+        call = (*range(len(args)), *kwargs)
         specs = {p: devices.rows if p in batches else PartitionSpec() for p in call}
         return (
             own,
@@ -249,8 +271,8 @@ class Split:
         for place in keys:
             check_keys(place, call[place])
         call |= {place: devices.keys_of_device(call[place]) for place in keys}
-        shared = {p: call[p] for p in call.keys() - batches - keys}
-        check_shared(shared, rows, argnums, self.batch_argnums)
+        for place in call.keys() - batches - keys:
+            check_no_key(place, call[place])
         size, count = self._sizes(rows)
         tail = rows - size * count
         limit = check_limit(limit, count + (tail > 0), self.unroll)
