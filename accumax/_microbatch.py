@@ -87,24 +87,26 @@ def microbatch(
 
     @functools.wraps(fun, updated=())
     def microbatch_fun(*args: Any, **kwargs: Any) -> PyTree:
-        call = args, kwargs
         divide.rows(fun, (), args, kwargs)
+        given = _arrays((args, kwargs))
+        # What `backward` closes over must hold no tracer of the call.
+        static = _tree.others((args, kwargs), given)
 
         def parts_of(arrays: PyTree) -> Parts:
-            return divide.parts(fun, (), *_tree.restore(arrays, call))
+            return divide.parts(fun, (), *_tree.restore(arrays, static))
 
         def pure(part: Part) -> tuple[Callable[..., PyTree], list[jax.Array]]:
             """Returns `fun` of arrays, and the arrays that it closes over."""
 
             def of_arrays(arrays: PyTree) -> PyTree:
-                args, kwargs = _tree.restore(arrays, call)
+                args, kwargs = _tree.restore(arrays, static)
                 out = fun(*args, **kwargs)
                 _check_rows(out, part.rows)
                 return out
 
             return _convert(of_arrays, _arrays(part.call()))
 
-        each = parts_of(_arrays(call)).each()
+        each = parts_of(given).each()
         funs, closed = zip(*map(pure, each), strict=True)
 
         def outputs(inputs: PyTree) -> PyTree:
@@ -133,7 +135,7 @@ def microbatch(
 
         differentiable = jax.custom_vjp(outputs)
         differentiable.defvjp(forward, backward, symbolic_zeros=True)
-        return differentiable((_arrays(call), closed))
+        return differentiable((given, closed))
 
     return microbatch_fun
 

@@ -193,7 +193,7 @@ class Accumulator:
         factor = jnp.ones_like(weight)
         if self.reduction != "sum":
             factor = 1 / _divisor(weight)
-        return jnp.where(weight > _most(), jnp.nan, factor)
+        return jnp.where(weight > _most(weight.dtype), jnp.nan, factor)
 
 
 def _divisor(weight: jax.Array) -> jax.Array:
@@ -266,10 +266,11 @@ def check_weight(weight: Any, name: str = "weight") -> jax.Array:
     if known is not None:
         # The value in its later dtype: 1e39 is infinite in float32, and 1e-42 is 0.
         info = jnp.finfo(jax.dtypes.canonicalize_dtype(float))
-        if not (known == 0 or float(info.tiny) <= known <= _most()):
+        most = _most(info.dtype)
+        if not (known == 0 or float(info.tiny) <= known <= most):
             what = f"{name}={weight}" if name.isidentifier() else f"{name} is {weight}"
             raise ValueError(
-                f"{what}; it must be 0, or from {info.tiny} to {_most()} "
+                f"{what}; it must be 0, or from {info.tiny} to {most} "
                 f"so that {info.dtype} has its reciprocal. For a gradient that should "
                 "not count, let it be 0."
             )
@@ -283,12 +284,13 @@ def is_valid_weight(weight: jax.Array) -> jax.Array:
 
 def divides(total: jax.Array) -> jax.Array:
     """() bool: whether sums can be divided by `total`, a sum of weights."""
-    return (total > 0) & (total <= _most())
+    # Its own dtype: float64 may have been switched on since the state was made.
+    return (total > 0) & (total <= _most(total.dtype))
 
 
-def _most() -> float:
+def _most(dtype: DTypeLike) -> float:
     """The largest weight whose reciprocal is not flushed to 0."""
-    return 1 / float(jnp.finfo(jax.dtypes.canonicalize_dtype(float)).tiny)
+    return 1 / float(jnp.finfo(dtype).tiny)
 
 
 def has_items(weight: jax.Array) -> jax.Array:

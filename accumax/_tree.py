@@ -9,6 +9,7 @@ part, and are put back at the end. So are the Python numbers of an Equinox modul
 
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -108,6 +109,16 @@ def restore(part: PyTree, tree: PyTree) -> PyTree:
     """`part`, with the leaves of `tree` wherever `part` has None or `Unused`."""
     return jax.tree.map(
         lambda x, y: y if _is_hole(x) else x, part, tree, is_leaf=_is_hole
+    )
+
+
+def filled(part: PyTree, like: PyTree, fun: Callable[[Any], Any]) -> PyTree:
+    """`part`, with `fun` of the leaf of `like` wherever `part` has None or `Unused`."""
+    return jax.tree.map(
+        lambda x, y: jax.tree.map(fun, y) if _is_hole(x) else x,
+        part,
+        like,
+        is_leaf=_is_hole,
     )
 
 
@@ -336,7 +347,12 @@ def describe(x: Any) -> str:
 
 def outline(tree: PyTree) -> str:
     """`tree` for an error message: each of its leaves described."""
-    return str(jax.tree.map(describe, tree))
+    try:
+        return str(jax.tree.map(describe, tree))
+    except Exception:  # a class in it takes no strings
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        each = [f"{jax.tree_util.keystr(path)}: {describe(x)}" for path, x in leaves]
+        return f"{type(tree).__name__} of {', '.join(each)}"
 
 
 def _by_path(tree: PyTree) -> dict[str, Any]:

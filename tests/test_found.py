@@ -565,3 +565,96 @@ def test_a_weight_that_the_loss_misses_is_named():
     with pytest.raises(TypeError, match=r"\['weight'\] are named like arguments"):
         step(w, tx.init(w), x, weight=2.0)
     step(w, tx.init(w), x, 2.0, weight=3.0)  # one for each
+
+
+@jax.tree_util.register_pytree_node_class
+class Dense:
+    """Checks what it is made of, as no placeholder of JAX passes."""
+
+    def __init__(self, w, b):
+        assert w.ndim == 2
+        assert w.shape[1:] == b.shape
+        self.w, self.b = w, b
+
+    def tree_flatten(self):
+        return (self.w, self.b), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_parameters_may_be_in_a_class_that_checks_its_fields():
+    def loss(p, x):
+        return jnp.mean((x @ p.w + p.b[None]) ** 2)
+
+    params, x = Dense(jnp.ones((3, 1)), jnp.zeros(1)), jnp.ones((4, 3))
+    tx = accumax.accumulate(optax.adam(0.1), 1)
+    want = optax.adam(0.1)
+    grads = jax.grad(loss)(params, x)
+    updates, _ = want.update(grads, want.init(params), params)
+    want = optax.apply_updates(params, updates)
+    for step in (
+        accumax.train_step(loss, tx),
+        accumax.train_step(loss, tx, microbatch_size=2),
+        lambda p, s, x: accumax.apply_gradients(tx, p, s, jax.grad(loss)(p, x)),
+    ):
+        got = jax.jit(step)(params, tx.init(params), x)[0]
+        assert jnp.allclose(got.w, want.w)
+        assert jnp.allclose(got.b, want.b)
+    got = jax.jit(accumax.grad(loss, microbatch_size=2))(params, x)
+    assert jnp.allclose(got.w, grads.w)
+    with pytest.raises(TypeError, match=r"float32\[\], .*float32\[3, 1\]"):
+        accumax.value_and_grad(lambda p, x: (loss(p, x), p), microbatches=1)(params, x)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_weights_too_large_to_invert_are_refused_also_if_float64_came_later(x64):
+    w, tx = jnp.ones(3), accumax.accumulate(optax.sgd(0.1), 2)
+    state = tx.init(w)
+    with jax.enable_x64(x64):
+        grad, weight = jnp.ones(3, jnp.float32), np.float32(5e37)
+        step = jax.jit(lambda *a: accumax.apply_gradients(tx, *a, weight=weight))
+        for _ in range(2):
+            w, state = step(w, state, grad)
+    assert (state.skipped, state.gradient_step) == (1, 0)
+
+
+def test_microbatch_leaks_no_tracer():
+    encode = accumax.microbatch(lambda w, x: jnp.tanh(x @ w), microbatch_size=2)
+    with jax.checking_leaks():
+        jax.jit(jax.grad(lambda w, x: jnp.mean(encode(w, x))))(
+            jnp.eye(3), jnp.ones((4, 3))
+        )
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("unroll", [1, True])
+def test_devices_go_on_where_jit_is_disabled(weighted, unroll):
+    def loss(w, x):
+        mean = jnp.mean((x @ w - 1) ** 2)
+        return (mean * len(x), jnp.float32(len(x))) if weighted else mean
+
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("data",), auto, devices=jax.devices()[:2])
+    w, x = jnp.zeros(3), jnp.arange(12.0).reshape(4, 3)
+    grad = accumax.grad(
+        loss,
+        microbatch_size=2,
+        reduce_axis=accumax.DataParallel("data", mesh=mesh),
+        weighted=weighted,
+        unroll=unroll,
+    )
+    want = jax.grad(lambda w: jnp.mean((x @ w - 1) ** 2))(w)
+    with jax.disable_jit():
+        assert jnp.allclose(grad(w, x), want)
+
+
+def test_a_batch_of_symbolic_length_is_exported():
+    (n,) = jax.export.symbolic_shape("n")
+    grad = accumax.grad(lambda w, x: jnp.mean(x @ w), microbatches=3)
+    exported = jax.export.export(jax.jit(grad))(
+        jnp.ones(3), jax.ShapeDtypeStruct((12 * n, 3), jnp.float32)
+    )
+    x = jnp.arange(36.0).reshape(12, 3)
+    assert jnp.allclose(exported.call(jnp.ones(3), x), jnp.mean(x, 0))

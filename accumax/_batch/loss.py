@@ -166,9 +166,10 @@ class Call:
     @property
     def frozen(self) -> dict[int, PyTree]:
         """The other floating-point leaves of these arguments, by position, if any."""
-        others = tuple(map(_tree.others, self._floats, self.live))
-        if not jax.tree.leaves(others):
+        count, trained = (len(jax.tree.leaves(x)) for x in (self._floats, self.live))
+        if count == trained:  # a class may refuse to hold None in every place
             return {}
+        others = map(_tree.others, self._floats, self.live)
         return dict(zip(self.argnums, others, strict=True))
 
     @property

@@ -84,6 +84,8 @@ def _is_narrow(x: jax.Array, size: int, count: int) -> bool:
     numbers = math.prod(x.shape[1:])
     if jnp.issubdtype(x.dtype, jax.dtypes.extended) or count == 1:
         return False
+    if not isinstance(size * count * numbers, int):
+        return False  # symbolic, of jax.export
     if any(jax.typeof(x).sharding.spec):
         return False  # JAX may refuse to slice an explicitly sharded axis
     padded = size * LANES * numbers * x.dtype.itemsize

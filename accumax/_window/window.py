@@ -148,7 +148,7 @@ class Window:
 
         `like` has the shapes of all gradients: zeros stand for those without a sum.
         """
-        grads = _tree.restore(grads, jax.tree.map(zeros, _tree.others(like, grads)))
+        grads = _tree.filled(grads, like, zeros)
         updates, new_state = self.inner.update(grads, inner_state, params, **extra_args)
         check_kept(inner_state, new_state)
         return updates, _tree.cast_like(new_state, inner_state)

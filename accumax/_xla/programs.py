@@ -138,9 +138,11 @@ def join_arrays(arrays: list[jax.Array], structure: Any, leaves: list[Any]) -> P
 def is_transformed(tree: PyTree) -> bool:
     """Whether the current trace batches or differentiates an array of `tree`.
 
-    It does not detect a `jax.vmap` or a derivative around a loop or a `jax.jit`.
+    It does not detect a `jax.vmap` or a derivative around a loop or a `jax.jit`. With
+    `jax.disable_jit` it is true as well: a `jax.shard_map` takes no refs there.
     """
-    return _is_batched(tree) or _is_differentiated(tree)
+    no_jit = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
+    return no_jit or _is_batched(tree) or _is_differentiated(tree)
 
 
 def _is_batched(tree: PyTree) -> bool:
