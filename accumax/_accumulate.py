@@ -78,7 +78,7 @@ def accumulate(
         None for each gradient's own. Static. With float64 gradients pass float64 or
         None.
       nonfinite: what to do with a non-finite gradient. "propagate": no check, no cost;
-        the window is lost, the next one is clean. "skip": as if the call had not
+        the update has the NaN, as without accumulation. "skip": as if the call had not
         happened; the window waits for one more. "drop": the call counts towards the
         window with weight 0. Static.
       averaged_args: names of extra arguments, () float each, that `inner` gets as their

@@ -17,7 +17,7 @@ from ._batch.scan import add_carried
 from ._batch.split import Part, Parts, split
 from ._sums import Accumulator, accumulator
 from ._types import DTypeLike, PyTree
-from ._xla.programs import is_transformed
+from ._xla.programs import needs_tree
 from ._xla.refs import add_backward
 from ._xla.varying import typed_like
 
@@ -90,16 +90,21 @@ def microbatch(
         divide.rows(fun, (), args, kwargs)
         given = _arrays((args, kwargs))
         # What `backward` closes over must hold no tracer of the call.
-        static = _tree.others((args, kwargs), given)
+        leaves, structure = jax.tree.flatten((args, kwargs))
+        static = [None if _is_array(x) else x for x in leaves]
+
+        def call_of(arrays: PyTree) -> tuple[tuple, dict[str, Any]]:
+            each = zip(static, structure.flatten_up_to(arrays), strict=True)
+            return structure.unflatten([x if s is None else s for s, x in each])
 
         def parts_of(arrays: PyTree) -> Parts:
-            return divide.parts(fun, (), *_tree.restore(arrays, static))
+            return divide.parts(fun, (), *call_of(arrays))
 
         def pure(part: Part) -> tuple[Callable[..., PyTree], list[jax.Array]]:
             """Returns `fun` of arrays, and the arrays that it closes over."""
 
             def of_arrays(arrays: PyTree) -> PyTree:
-                args, kwargs = _tree.restore(arrays, static)
+                args, kwargs = call_of(arrays)
                 out = fun(*args, **kwargs)
                 _check_rows(out, part.rows)
                 return out
@@ -129,7 +134,7 @@ def microbatch(
                     others[1],
                     cotangents,
                     accumulated,
-                    in_place and not is_transformed((residuals, cotangents)),
+                    in_place and not needs_tree((residuals, cotangents)),
                 ),
             )
 
@@ -251,10 +256,11 @@ def _wide_sum(x: jax.Array) -> jax.Array:
 def _arrays(tree: PyTree) -> PyTree:
     """Returns the arrays of `tree`, with None for the rest, such as Python numbers."""
 
-    def array(x: Any) -> jax.Array | None:
-        return jnp.asarray(x) if isinstance(x, (jax.Array, np.ndarray)) else None
+    return jax.tree.map(lambda x: jnp.asarray(x) if _is_array(x) else None, tree)
 
-    return jax.tree.map(array, tree)
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
 
 
 def _of_places(call: PyTree, places: frozenset[Place], inside: bool) -> PyTree:

@@ -23,9 +23,8 @@ from ._window.inner import OF_OPTAX
 from ._window.state import AccumulateState, gradient_of
 from ._window.window import Window
 
-# Options that mean nothing without microbatches. Where the loss has a state, its
-# statistics are weighed by rows, so that the first may be there.
-OF_MICROBATCHES = "batch_argnums", "rng_argnums", "aux", "unroll", "num_microbatches"
+# Options that mean nothing without microbatches or devices.
+OF_MICROBATCHES = {"batch_argnums", "rng_argnums", "aux", "unroll", "num_microbatches"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,14 +63,11 @@ class Step:
             check_aux_wanted(self.aux, self.has_aux)
             _ = self._split  # raises if the options do not fit
             return devices
-        names = OF_MICROBATCHES[self.by_rows :]
-        options = {name: getattr(self, name) for name in names}
-        used = [n for n, x in options.items() if _differs(x, getattr(Step, n))]
-        if used:
+        if unused := self._unused():
             raise ValueError(
-                f"{', '.join(f'{n}={options[n]!r}' for n in used)}: for microbatches "
-                "or devices, and there are none. Pass microbatch_size, microbatches or "
-                "reduce_axis, or leave it away."
+                f"{', '.join(unused)}: for microbatches or devices, and there are "
+                "none. Pass microbatch_size, microbatches or reduce_axis, or leave it "
+                "away."
             )
         return devices
 
@@ -79,6 +75,18 @@ class Step:
     def divided(self) -> bool:
         """Whether a call has microbatches."""
         return self.microbatch_size is not None or self.microbatches is not None
+
+    def _unused(self) -> list[str]:
+        """The options that were passed, and mean nothing without microbatches."""
+        found = []
+        for field in dataclasses.fields(self):
+            value, default = getattr(self, field.name), field.default
+            # An option whose default is None may be an array.
+            passed = value is not default and (default is None or value != default)
+            weighs = self.by_rows and field.name == "batch_argnums"
+            if field.name in OF_MICROBATCHES and passed and not weighs:
+                found.append(f"{field.name}={value!r}")
+        return found
 
     @functools.cached_property
     def _devices(self) -> Devices:
@@ -176,12 +184,6 @@ class Step:
             window, params, opt_state, sums, progress, extra_args, small
         )
         return params, opt_state, result, out.state
-
-
-def _differs(value: Any, default: Any) -> bool:
-    if value is default:
-        return False
-    return not isinstance(value, (int, str, tuple)) or value != default  # no arrays
 
 
 def _check_keywords(

@@ -119,7 +119,8 @@ def train_step(
         losses over the sum of all weights; the reduction "sum" does not divide. Static.
       microbatch_size, microbatches, num_microbatches, batch_argnums, rng_argnums, aux,
         unroll: divide each call into microbatches, as for `accumax.value_and_grad`: the
-        same update, at the memory of one microbatch. A call with `num_microbatches=0`
+        same update, at the memory of one microbatch. `batch_argnums` also says which
+        rows the devices of a `reduce_axis` divide. A call with `num_microbatches=0`
         has no weight. Positions count `params` as number 0. The loss
         must be a mean over its rows for the reduction "mean", and a sum over them for
         the others. Static.
@@ -141,7 +142,8 @@ def train_step(
     Raises:
       TypeError: `tx` is not an `accumulate`; at the first call, `loss_fn` does not
         return what the options say, or an argument is of a wrong type.
-      ValueError: at the first call, the parameters do not fit the state.
+      ValueError: an option is for microbatches or devices, and there are none; at the
+        first call, the parameters do not fit the state.
 
     >>> import accumax, jax, optax
     >>> import jax.numpy as jnp

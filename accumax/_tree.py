@@ -107,17 +107,15 @@ def seen(tree: PyTree, like: PyTree) -> PyTree:
 
 def restore(part: PyTree, tree: PyTree) -> PyTree:
     """`part`, with the leaves of `tree` wherever `part` has None or `Unused`."""
-    return jax.tree.map(
-        lambda x, y: y if _is_hole(x) else x, part, tree, is_leaf=_is_hole
-    )
+    return fill(part, tree, lambda x: x)
 
 
-def filled(part: PyTree, like: PyTree, fun: Callable[[Any], Any]) -> PyTree:
-    """`part`, with `fun` of the leaf of `like` wherever `part` has None or `Unused`."""
+def fill(part: PyTree, tree: PyTree, fun: Callable[[Any], Any]) -> PyTree:
+    """As `restore`, with `fun` of these leaves."""
     return jax.tree.map(
         lambda x, y: jax.tree.map(fun, y) if _is_hole(x) else x,
         part,
-        like,
+        tree,
         is_leaf=_is_hole,
     )
 

@@ -89,8 +89,9 @@ def value_and_grad(
         others. With `reduce_axis`, each device runs so many of its own.
       batch_argnums: the position of the argument that holds the batch, its name if it
         is passed by keyword, or a tuple of these: (1, 2) for `loss_fn(params, x, y)`.
-        The first axis of each leaf has the rows. Every microbatch gets the other
-        arguments unchanged.
+        The first axis of each leaf has the rows. Every microbatch, and every
+        device of a `reduce_axis`, gets the other arguments unchanged. One of as many
+        rows as the batch is warned of.
       rng_argnums: the same for arguments that are PRNG keys, typed or raw, or trees of
         keys. Microbatch i gets `jax.random.fold_in(key, i)`, so dropout masks differ.
       weighted: `fun` returns `(loss_sum, weight)`, with aux `((loss_sum, weight),

@@ -99,29 +99,6 @@ def of_modules(step: Any, model: nnx.Module, optimizer: Any) -> Step:
     return run, nnx.as_pure(state)
 
 
-def lora(width: int) -> dict[str, Step]:
-    """As `batchnorm`. Their base is frozen."""
-    model, tx = LoRA(width, nnx.Rngs(0)), optax.adamw(1e-3)
-
-    def plain(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
-        trained = nnx.DiffState(0, nnx.LoRAParam)
-        loss, grads = nnx.value_and_grad(square, argnums=trained)(model, x)
-        optimizer.update(model, grads)
-        return loss
-
-    def ours(**options: Any) -> Step:
-        optimizer = accumax.nnx.Optimizer(model, tx, wrt=nnx.LoRAParam, every=8)
-        step = accumax.nnx.train_step(square, **options)
-        return of_modules(step, model, optimizer)
-
-    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
-    return {
-        "none": of_modules(plain, model, optimizer),
-        "nnx": ours(),
-        "nnx_divided": ours(microbatch_size=ROWS // 4),
-    }
-
-
 def batchnorm(width: int) -> dict[str, Step]:
     """From the name of each step to it, and to the state that it takes."""
     net, tx = Linen(width), optax.adamw(1e-3)
@@ -171,6 +148,29 @@ def batchnorm(width: int) -> dict[str, Step]:
         "linen": (linen, jax.eval_shape(linen_state)),
         "linen_divided": (divided, jax.eval_shape(linen_state)),
         "nnx": of_modules(accumax.nnx.train_step(square), model, optimizer),
+    }
+
+
+def lora(width: int) -> dict[str, Step]:
+    """As `batchnorm`, of a model whose base is frozen."""
+    model, tx = LoRA(width, nnx.Rngs(0)), optax.adamw(1e-3)
+
+    def plain(model: Any, optimizer: Any, x: jax.Array) -> jax.Array:
+        trained = nnx.DiffState(0, nnx.LoRAParam)
+        loss, grads = nnx.value_and_grad(square, argnums=trained)(model, x)
+        optimizer.update(model, grads)
+        return loss
+
+    def ours(**options: Any) -> Step:
+        optimizer = accumax.nnx.Optimizer(model, tx, wrt=nnx.LoRAParam, every=8)
+        step = accumax.nnx.train_step(square, **options)
+        return of_modules(step, model, optimizer)
+
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    return {
+        "none": of_modules(plain, model, optimizer),
+        "nnx": ours(),
+        "nnx_divided": ours(microbatch_size=ROWS // 4),
     }
 
 

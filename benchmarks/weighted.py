@@ -1,7 +1,6 @@
 """Memory of a token-weighted loss, relative to a mean loss: unlike models.
 
-Its backward pass runs in a loop of its own, since the weights of all microbatches must
-be known before the first gradient is divided.
+Both of its passes run in a loop, which leaves them out if the weight is 0.
 """
 
 from collections.abc import Callable
@@ -102,7 +101,7 @@ def temp(
 
 
 def rows(on: Device, target: str) -> list[Row]:
-    """`weighted/MODEL/TARGET/{value_and_grad, train_step, train_step_whole}`."""
+    """`weighted/MODEL/TARGET/{value_and_grad, train_step_divided, train_step}`."""
     forms = {
         "value_and_grad": ("value_and_grad", PARTS),
         "train_step_divided": ("train_step", PARTS),

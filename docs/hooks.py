@@ -153,7 +153,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    return relinked(quotes.QUOTE.sub(r"\g<4>", markdown), top=False)
+    text = relinked(quotes.QUOTE.sub(r"\g<4>", markdown), top=False)
+    # A picture of several panels is small on a phone: it leads to itself in full size.
+    return re.sub(r"(?m)^(!\[[^]]*\]\(([^)]+)\))$", r"[\1](\2)", text)
 
 
 def on_page_content(text: str, **_: Any) -> str:

@@ -154,6 +154,8 @@ def test_a_flax_step_costs_its_accumulator_and_copies_nothing():
         plain = found[f"{model}/none"]
         if step != "none":
             assert copies == 0
-            # Only a low-rank addition is trained of "lora".
-            assert arguments - plain[0] <= (1.01 if model == "batchnorm" else 0.02)
+            # Of "lora", a low-rank addition is trained. The step of NNX has an
+            # accumulator in place of the average of the parameters.
+            more = 1.01 if step.startswith("linen") else 0.02
+            assert arguments - plain[0] <= more
             assert temp <= plain[1] + 0.001

@@ -620,6 +620,12 @@ def test_weights_too_large_to_invert_are_refused_also_if_float64_came_later(x64)
     assert (state.skipped, state.gradient_step) == (1, 0)
 
 
+def test_microbatch_takes_a_batch_in_a_class_that_checks_its_fields():
+    batch = Dense(jnp.ones((4, 4)), jnp.arange(4.0))
+    encode = accumax.microbatch(lambda w, x: x.b * w, microbatch_size=4)
+    assert jnp.allclose(jax.jit(encode)(2.0, batch), 2 * jnp.arange(4.0))
+
+
 def test_microbatch_leaks_no_tracer():
     encode = accumax.microbatch(lambda w, x: jnp.tanh(x @ w), microbatch_size=2)
     with jax.checking_leaks():
@@ -638,16 +644,17 @@ def test_devices_go_on_where_jit_is_disabled(weighted, unroll):
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("data",), auto, devices=jax.devices()[:2])
     w, x = jnp.zeros(3), jnp.arange(12.0).reshape(4, 3)
-    grad = accumax.grad(
-        loss,
-        microbatch_size=2,
-        reduce_axis=accumax.DataParallel("data", mesh=mesh),
-        weighted=weighted,
-        unroll=unroll,
-    )
+    reduce_axis = accumax.DataParallel("data", mesh=mesh)
+    options = {"microbatch_size": 2, "weighted": weighted, "unroll": unroll}
+    grad = accumax.grad(loss, reduce_axis=reduce_axis, **options)
+    tx = accumax.accumulate(optax.sgd(1.0), 1, reduce_axis=reduce_axis)
+    state = jax.jit(tx.init)(w)
     want = jax.grad(lambda w: jnp.mean((x @ w - 1) ** 2))(w)
     with jax.disable_jit():
         assert jnp.allclose(grad(w, x), want)
+        for divided in (options, {"weighted": weighted}):
+            new, *_ = accumax.train_step(loss, tx, **divided)(w, state, x)
+            assert jnp.allclose(-new, want)
 
 
 def test_a_batch_of_symbolic_length_is_exported():

@@ -228,7 +228,7 @@ def warn_of_rows(
 
     That is an array, or all arrays of a tree that comes after the batch. One before it
     is rather a model, whose layers may be as wide as the batch is long. `rows` are
-    those of all devices.
+    those of the call: in a `jax.shard_map` of the user's, those of one device.
     """
     first = min((p for p in batch_argnums if isinstance(p, int)), default=0)
     for place, tree in shared.items():
@@ -241,9 +241,9 @@ def warn_of_rows(
         if shapes and all(shape[0] == rows for shape in shapes):
             warnings.warn(
                 f"Argument {place!r} is {_tree.outline(tree)}, with as many rows as "
-                "the batch, and goes whole to every microbatch and device. If it holds "
-                "rows of the batch, let batch_argnums name it too: batch_argnums="
-                f"{(*batch_argnums, place)}.",
+                "the batch, and goes whole to every microbatch, and to every device of "
+                "a reduce_axis. If it holds rows of the batch, let batch_argnums name "
+                f"it too: batch_argnums={(*batch_argnums, place)}.",
                 stacklevel=2,
             )
 

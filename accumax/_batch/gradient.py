@@ -16,7 +16,7 @@ from .._types import ArrayLike, PyTree
 from .._xla.handed_on import restored, unchanged_leaves
 from .._xla.jaxprs import pruned
 from .._xla.loops import SMALL, reset
-from .._xla.programs import is_transformed
+from .._xla.programs import needs_tree
 from .._xla.refs import add_backward
 from .loss import Call, Loss, StatefulLoss, fresh, with_live
 from .outputs import aux_specs
@@ -68,7 +68,7 @@ def at_once(
         value, vjp, ((_, weight), (aux, state)) = jax.vjp(fun, live, has_aux=True)
         grads = vjp(jnp.ones_like(value))[0]
     else:
-        weight, carried = None, is_transformed((call.arrays, begun))
+        weight, carried = None, needs_tree((call.arrays, begun))
         if weighted and not carried:
             weight = pruned(lambda live: read(live)[0].weight, live)
             carried = weight is None  # it has an effect, which must not happen twice

@@ -17,7 +17,7 @@ from .._types import ArrayLike, PyTree
 from .._xla.handed_on import restored, unchanged_leaves
 from .._xla.jaxprs import pruned
 from .._xla.loops import at_most_once
-from .._xla.programs import is_transformed
+from .._xla.programs import needs_tree
 from .._xla.refs import add_backward
 from .._xla.varying import match_varying, on_mesh_of, typed_like
 from .loss import Call, Loss, StatefulLoss, with_live
@@ -95,7 +95,7 @@ class Loop:
           measures: () bool, whether to measure the first microbatch; `grads` is then
             zero. None never does.
         """
-        if self.in_place and is_transformed((call.arrays, grads)):
+        if self.in_place and needs_tree((call.arrays, grads)):
             self = dataclasses.replace(self, in_place=False)
         live = devices.vary(dict(zip(call.argnums, call.live, strict=True)))
         live, frozen = devices.gather_once(live), devices.gather_once(call.frozen)

@@ -177,8 +177,8 @@ class Split:
         argnums: tuple[int, ...],
         args: tuple,
         kwargs: dict[str, Any],
-    ) -> int:
-        """Returns the rows of a call; arguments as for `parts`.
+    ) -> tuple[int, set[Place]]:
+        """Returns the rows of a call, and where they are; arguments as for `parts`.
 
         Warns of rows that `batch_argnums` may have forgotten.
 
@@ -190,7 +190,7 @@ class Split:
         rows = check_rows({place: call[place] for place in batches})
         shared = {place: call[place] for place in call.keys() - batches - keys}
         warn_of_rows(shared, rows, argnums, self.batch_argnums)
-        return rows
+        return rows, batches
 
     def per_device(
         self,
@@ -208,7 +208,7 @@ class Split:
         Raises:
           TypeError, ValueError: the call does not fit, or the devices do not divide it.
         """
-        rows = self.rows(fun, argnums, args, kwargs)
+        rows, batches = self.rows(fun, argnums, args, kwargs)
         count, size = devices.divides, self.microbatch_size
         over = f"the {count} devices along reduce_axis={devices.names}"
         if rows % count:
@@ -234,7 +234,6 @@ class Split:
                 f"devices, and {over} do not divide it. Pass a multiple of {count}."
             )
         own = dataclasses.replace(self, microbatch_size=size and size // count)
-        batches, _ = self._places(fun, argnums, args, kwargs)
         call = (*range(len(args)), *kwargs)
         specs = {p: devices.rows if p in batches else PartitionSpec() for p in call}
         return (

@@ -148,7 +148,7 @@ class Window:
 
         `like` has the shapes of all gradients: zeros stand for those without a sum.
         """
-        grads = _tree.filled(grads, like, zeros)
+        grads = _tree.fill(grads, like, zeros)
         updates, new_state = self.inner.update(grads, inner_state, params, **extra_args)
         check_kept(inner_state, new_state)
         return updates, _tree.cast_like(new_state, inner_state)

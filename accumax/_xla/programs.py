@@ -135,11 +135,12 @@ def join_arrays(arrays: list[jax.Array], structure: Any, leaves: list[Any]) -> P
     return structure.unflatten([next(left) if x is _HOLE else x for x in leaves])
 
 
-def is_transformed(tree: PyTree) -> bool:
-    """Whether the current trace batches or differentiates an array of `tree`.
+def needs_tree(tree: PyTree) -> bool:
+    """Whether gradients must be carried as a tree, for JAX takes no refs here.
 
-    It does not detect a `jax.vmap` or a derivative around a loop or a `jax.jit`. With
-    `jax.disable_jit` it is true as well: a `jax.shard_map` takes no refs there.
+    So it is if the current trace batches or differentiates an array of `tree`, and with
+    `jax.disable_jit`, for a `jax.shard_map`. It does not detect a `jax.vmap` or a
+    derivative around a loop or a `jax.jit`.
     """
     no_jit = jax.config.jax_disable_jit  # pyright: ignore[reportAttributeAccessIssue]
     return no_jit or _is_batched(tree) or _is_differentiated(tree)
