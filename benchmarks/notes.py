@@ -89,9 +89,9 @@ CAUSES = [
     ),
     (
         r"scheduled/mlp/muon/tpu/",
-        "The optimizer transposes matrices, so that XLA copies the carry of the loop at "
-        "the boundary, as on a GPU. Format(Layout.AUTO) for parameters and state avoids "
-        "it: see What it costs in the documentation.",
+        "The optimizer transposes matrices, so that XLA copies the carry of the loop "
+        "at the boundary, as on a GPU. Format(Layout.AUTO) for parameters and state "
+        "avoids it: see What it costs in the documentation.",
     ),
     (
         r"memory/transformer\w*/\w+/gpu/apply_gradients: ",
