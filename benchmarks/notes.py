@@ -88,7 +88,7 @@ CAUSES = [
         "there, and a trace does not always know whether they are.",
     ),
     (
-        r"scheduled/mlp/muon/tpu/",
+        r"(memory|scheduled)/mlp/muon/tpu/(train_step|apply_gradients): ",
         "The optimizer transposes matrices, so that XLA copies the carry of the loop "
         "at the boundary, as on a GPU. Format(Layout.AUTO) for parameters and state "
         "avoids it: see What it costs in the documentation.",
@@ -114,6 +114,22 @@ CAUSES = [
         "1 to 3 %: what XLA:TPU keeps in vector memory, which is not counted. Without "
         "that memory the peer takes as much or more (accumulate: temp 1.00, MultiSteps "
         "1.05; Adafactor within a call 1.55 and 1.55).",
+    ),
+    (
+        r"memory/mlp_weighted/\w+/tpu/train_step: ",
+        "Both passes of a weighted loss are in a loop, for which XLA:TPU copies the rows "
+        "once: here half the size of the parameters.",
+    ),
+    (
+        r"memory/mlp_weighted/\w+/tpu/apply_gradients: ",
+        "What XLA:TPU keeps in vector memory, which is not counted. With nearly none of "
+        "that memory it takes 1.001 times the floor, and MultiSteps 1.005.",
+    ),
+    (
+        r"memory/lstm/\w+/tpu/",
+        "What XLA:TPU keeps in vector memory, which is not counted. With nearly none of "
+        "that memory, train_step takes 1.02 times the floor and MultiSteps 1.07; in "
+        "microbatches, 1.10 and microbatching 1.15.",
     ),
     (
         r"memory/(mlp\w*|leaves)/(sgd|adafactor|adamw)/gpu/",
