@@ -117,18 +117,18 @@ CAUSES = [
     ),
     (
         r"memory/mlp_weighted/\w+/tpu/train_step: ",
-        "Both passes of a weighted loss are in a loop, for which XLA:TPU copies the rows "
-        "once: here half the size of the parameters.",
+        "Both passes of a weighted loss are in a loop, for which XLA:TPU copies the "
+        "rows once: here half the size of the parameters.",
     ),
     (
         r"memory/mlp_weighted/\w+/tpu/apply_gradients: ",
-        "What XLA:TPU keeps in vector memory, which is not counted. With nearly none of "
-        "that memory it takes 1.001 times the floor, and MultiSteps 1.005.",
+        "What XLA:TPU keeps in vector memory, which is not counted. With nearly none "
+        "of that memory it takes 1.001 times the floor, and MultiSteps 1.005.",
     ),
     (
         r"memory/lstm/\w+/tpu/",
-        "What XLA:TPU keeps in vector memory, which is not counted. With nearly none of "
-        "that memory, train_step takes 1.02 times the floor and MultiSteps 1.07; in "
+        "What XLA:TPU keeps in vector memory, which is not counted. With nearly none "
+        "of that memory, train_step takes 1.02 times the floor and MultiSteps 1.07; in "
         "microbatches, 1.10 and microbatching 1.15.",
     ),
     (
