@@ -185,9 +185,7 @@ class Split:
         Raises:
           TypeError, ValueError: the call does not fit.
         """
-        call = {**dict(enumerate(args)), **kwargs}
-        batches, keys = self._places(fun, argnums, args, kwargs)
-        rows = check_rows({place: call[place] for place in batches})
+        call, rows, batches, keys = self._places(fun, argnums, args, kwargs)
         shared = {place: call[place] for place in call.keys() - batches - keys}
         warn_of_rows(shared, rows, argnums, self.batch_argnums)
         return rows, batches
@@ -264,9 +262,7 @@ class Split:
         Raises:
           TypeError, ValueError: the call does not fit.
         """
-        batches, keys = self._places(fun, argnums, args, kwargs)
-        call = {**dict(enumerate(args)), **kwargs}
-        rows = check_rows({place: call[place] for place in batches})
+        call, rows, batches, keys = self._places(fun, argnums, args, kwargs)
         for place in keys:
             check_keys(place, call[place])
         call |= {place: devices.keys_of_device(call[place]) for place in keys}
@@ -309,8 +305,8 @@ class Split:
         argnums: tuple[int, ...],
         args: tuple,
         kwargs: dict[str, Any],
-    ) -> tuple[set[Place], set[Place]]:
-        """Returns where the call has rows, and where it has keys."""
+    ) -> tuple[dict[Place, PyTree], int, set[Place], set[Place]]:
+        """Returns the arguments by place, the rows, where they are, where keys are."""
         batches = find("batch_argnums", self.batch_argnums, fun, args, kwargs)
         keys = find("rng_argnums", self.rng_argnums, fun, args, kwargs)
         for name, places in (("batch_argnums", batches), ("rng_argnums", keys)):
@@ -327,7 +323,9 @@ class Split:
                 f"rng_argnums={self.rng_argnums} share an argument. "
                 "One key for each row belongs in batch_argnums alone."
             )
-        return batches, keys
+        call = {**dict(enumerate(args)), **kwargs}
+        rows = check_rows({place: call[place] for place in batches})
+        return call, rows, batches, keys
 
     def _sizes(self, rows: int) -> tuple[int, int]:
         if self.microbatch_size is not None:
