@@ -72,7 +72,6 @@ def test_every_name_of_accumax_on_the_page_exists():
 # --- Optax --------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_line_for_multisteps_is_the_big_batch_and_multisteps(sections):
     section = sections["`optax.MultiSteps`"]
     want = big_batch(optax.adamw(1e-2), PARAMS, WINDOWS[:2], loss=mean_loss)
@@ -157,7 +156,6 @@ def test_apply_every_after_sgd_is_the_reduction_sum():
     assert distance(got, run(old, grads)[0]) < TOLERANCE
 
 
-@pytest.mark.slow
 def test_microbatches_are_those_of_a_scan_by_hand_and_of_the_whole_batch(sections):
     section = sections["`optax.microbatching`, or a `lax.scan` by hand"]
     with jax.enable_x64(True):

@@ -18,7 +18,7 @@ ALONE = (
     "long_sequences.md",
     "nothing_hidden.md",
 )
-SLOW = "silent_failures.md", "upstream/flax.md", "upstream/optax.md"
+DAMAGE = "silent_failures.md", "upstream/flax.md", "upstream/optax.md"
 ELSEWHERE = {  # the tests that run a page by its sections, or write it
     "coming_from.md": "test_coming_from.py",
     "many_devices.md": "test_many_devices.py",
@@ -54,9 +54,7 @@ def test_the_page_runs_by_itself(page):
     _run(page, {})
 
 
-@pytest.mark.slow
-@pytest.mark.versions
-@pytest.mark.parametrize("page", SLOW)
+@pytest.mark.parametrize("page", DAMAGE)
 def test_the_damage_of_a_failure_is_the_one_that_the_page_says(page):
     damage = _run(page, {})["damage"]
     text = (PAGES / page).read_text()
@@ -71,7 +69,7 @@ def test_every_page_with_code_is_run_by_a_test():
     for path in PAGES.rglob("*.md"):
         name = path.relative_to(PAGES).as_posix()
         if _blocks("python", path.read_text()):
-            assert name in {*IN_TURN, *ALONE, *SLOW, *ELSEWHERE}, name
+            assert name in {*IN_TURN, *ALONE, *DAMAGE, *ELSEWHERE}, name
     for page, test in ELSEWHERE.items():
         assert page in (ROOT / "tests" / test).read_text()
 
