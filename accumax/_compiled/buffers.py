@@ -11,16 +11,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .hlo import Computation, Instruction, Module, arrays
-from .places import Buffer, Buffers, Places, at, leaves
+from .places import Buffer, Buffers, Places, Span, at, leaves
 
 # Instructions that give another name to what is there, or run nothing.
 _VIEWS = {"bitcast", "optimization-barrier", "domain", "add-dependency", "after-all"}
-# Instructions that read and write different places, so that nothing shares memory.
-_APART = {
-    "copy", "transpose", "dot", "convolution", "reduce", "reduce-window", "gather",
-    "sort", "concatenate", "all-gather", "all-to-all", "collective-permute", "reverse",
-    "custom-call", "rng-bit-generator", "cholesky", "triangular-solve", "fft",
-}  # fmt: skip
 
 
 class Execution(NamedTuple):
@@ -50,14 +44,12 @@ class Timeline:
       buffers: each once.
       executions: all instructions that run, in order.
       length: the times are below it.
-      arguments: the numbers of the values that are the program's arguments.
       roots: for each number the place of its buffer in `buffers`.
     """
 
     buffers: tuple[Buffer, ...]
     executions: tuple[Execution, ...]
     length: int
-    arguments: frozenset[int]
     roots: tuple[int, ...]
 
     def buffer(self, number: int) -> Buffer:
@@ -68,8 +60,9 @@ class Timeline:
         """The bytes that are alive at each time."""
         change = [0] * (self.length + 1)
         for x in self.buffers if buffers is None else buffers:
-            change[x.begins] += x.bytes
-            change[x.ends + 1] -= x.bytes
+            for begins, ends in x.alive():
+                change[begins] += x.bytes
+                change[ends + 1] -= x.bytes
         totals, now = [], 0
         for step in change[:-1]:
             now += step
@@ -83,7 +76,7 @@ class Timeline:
         return totals.index(max(totals))
 
     def alive(self, time: int) -> list[Buffer]:
-        return [x for x in self.buffers if x.begins <= time <= x.ends]
+        return [x for x in self.buffers if any(b <= time <= e for b, e in x.alive())]
 
 
 def timeline(module: Module) -> Timeline:
@@ -111,9 +104,8 @@ def timeline(module: Module) -> Timeline:
     length = walk.time + 1
     for x in buffers:
         if x.parameters or x.output:  # who calls has these all the time
-            x.begins, x.ends = 0, length - 1
-    arguments = frozenset(leaves(tuple(args.values())))
-    return Timeline(buffers, tuple(walk.executions), length, arguments, roots)
+            x.spans = [Span(0, length - 1)]
+    return Timeline(buffers, tuple(walk.executions), length, roots)
 
 
 class _Walk:
@@ -202,12 +194,12 @@ class _Walk:
             where, inside = "branch", times
         elif where != "branch":
             where = "loop"
+        turn = self.places.again(carry, self.time)
         for key in ("condition", "body"):
             (name,) = x.called(key)
-            out = self.run(self.module.computations[name], {0: carry}, where, inside)
+            out = self.run(self.module.computations[name], {0: turn}, where, inside)
         self.places.unite(carry, out)
-        self.places.use(carry, self.time)
-        return carry
+        return self.places.again(carry, self.time)
 
     def branches(
         self,
@@ -220,16 +212,17 @@ class _Walk:
             *x.called("true_computation"),
             *x.called("false_computation"),
         ]
-        result = self.places.new(x, self.time)
+        ends: list[tuple[set[int], Buffers]] = []
         for name, operand in zip(names, operands[1:], strict=True):
             computation = self.module.computations[name]
             out = self.run(computation, {0: operand}, "branch", times)
+            ends.append((set(map(self.places.root, leaves(operand))), out))
+        result = self.places.new(x, self.time)
+        for passed, out in ends:
             # An operand that a branch passes through is copied into the result.
-            passed = set(map(self.places.root, leaves(operand)))
             for a, b in zip(leaves(result), leaves(out), strict=False):
                 if self.places.root(b) not in passed:
                     self.places.unite(a, b)
-        self.places.use(result, self.time)
         return result
 
 
@@ -242,23 +235,26 @@ def _share(
     """
     arguments = {places.root(output): argument for argument, output in pairs}
     for x in executions:
-        if x.instruction.op in _APART or "kind=kInput" in x.instruction.attributes:
+        if x.instruction.is_apart:
             continue
         dying = {
             places.root(b)
             for operand in x.operands
             for b in leaves(operand)
-            if places.of(b).ends == x.time and not places.of(b).parameters
+            if places.spans[b].ends == x.time and not places.of(b).parameters
         }
         for b in leaves(x.result):
             made = places.of(b)
-            if made.begins != x.time or made.parameters:
+            if places.spans[b].begins != x.time or made.parameters:
                 continue
             argument = arguments.get(places.root(b))
-            free = 0 if argument is None else places.of(argument).ends
             for a in sorted(dying - {places.root(b)}):
-                x_ = places.found[a]
-                if x_.bytes == made.bytes and x_.begins >= free:
+                old = places.found[a]
+                if (
+                    old.bytes == made.bytes
+                    and old.fits(made)
+                    and (argument is None or old.fits(places.of(argument)))
+                ):
                     dying.discard(a)
                     places.unite(a, b)
                     break

@@ -151,7 +151,7 @@ def copies(
         buffers = [program.buffer(n) for n in (source, target)]
         if not buffers[1].bytes:
             continue  # into another memory
-        if source in program.arguments and buffers[0] is buffers[1]:
+        if buffers[0].parameters and buffers[0] is buffers[1]:
             continue  # XLA leaves it out: a donated argument, in its own place
         path = next(
             (names.get(n, "") for b in buffers for n in sorted(b.parameters)), ""

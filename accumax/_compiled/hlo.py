@@ -11,6 +11,12 @@ import numpy as np
 _BITS = {"pred": 8, "token": 0, "opaque": 0}  # others end with their bits
 # Instructions that give the elements of their operand, or some of them again.
 VIEWS = {"bitcast", "reshape", "copy", "transpose", "convert", "broadcast"}
+# Instructions that read and write different places, so that nothing shares memory.
+_APART = {
+    "copy", "transpose", "dot", "convolution", "reduce", "reduce-window", "gather",
+    "sort", "concatenate", "all-gather", "all-to-all", "collective-permute", "reverse",
+    "custom-call", "rng-bit-generator", "cholesky", "triangular-solve", "fft",
+}  # fmt: skip
 
 _SKIPPED = re.compile(r"/\*.*?\*/")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
@@ -72,6 +78,11 @@ class Instruction:
         """The named scopes and the primitive that made it; "" if it is XLA's own."""
         match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', self.attributes)
         return match.group(1).replace("\\'", "'").replace('\\"', '"') if match else ""
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its result is never where an operand is."""
+        return self.op in _APART or "kind=kInput" in self.attributes
 
     @property
     def aliases(self) -> list[tuple[list[int], int, list[int]]]:

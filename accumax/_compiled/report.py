@@ -29,8 +29,8 @@ class Memory(NamedTuple):
       host: what the program has in the memory of the host. A CPU has one memory.
       total: what the device needs, arguments + output - aliased + temp.
       peak: the most that is alive at once, by the program's schedule. An estimate: the
-        compiler's `total` is what counts, and the two are within 2 % of each other for
-        most programs (of 24 for CPU and 24 for GPU, 6 were further apart, up to 17 %).
+        compiler's `total` is what counts. For most programs the two are within 2 % of
+        each other (`benchmarks/run.py --only audit`).
     """
 
     arguments: int | None
@@ -184,7 +184,7 @@ def _page(report: Audit) -> Iterator[str]:
         yield f"  {readable(x.bytes):>12}  {x.kind:16}{x.type:22}{made}"
     yield ""
     yield from _list_donations(report)
-    yield from _list_copies(report.copies)
+    yield from _list_copies(report)
     yield from _list_collectives(report.collectives)
     yield from _list_discarded(report)
     yield ""
@@ -203,9 +203,17 @@ def _list_donations(report: Audit) -> Iterator[str]:
         yield f"donation: {count} donated and not reused, {crossed} crossed"
 
 
-def _list_copies(found: tuple[Copy, ...]) -> Iterator[str]:
+def _in_order(report: Audit) -> bool:
+    """Whether all that is donated is reused by its new value; then copies are XLA's."""
+    right = report.donated and not (report.not_donated or report.not_reused)
+    return right and report.crossed == ()
+
+
+def _list_copies(report: Audit) -> Iterator[str]:
+    found = report.copies
     certain = [x for x in found if x.certain]
-    yield f"copies as large as a parameter: {len(certain)}"
+    whose = ", XLA's own: donation is right" if certain and _in_order(report) else ""
+    yield f"copies as large as a parameter: {len(certain)}{whose}"
     for x in certain[:8]:
         what = x.path or x.scope or "XLA's own"
         yield f"  {_times(x.times):>4} x {readable(x.bytes):>12}  {x.where:8}{what}"
@@ -298,20 +306,14 @@ def said(report: Audit) -> Iterator[str]:
 def _of_copies(report: Audit) -> Iterator[str]:
     found = [x for x in report.copies if x.certain and x.where != "branch"]
     total = sum(x.bytes * (x.times or 1) for x in found)
-    if total <= SMALL * (report.memory.arguments or 0):
+    if total <= SMALL * (report.memory.arguments or 0) or _in_order(report):
         return
-    sound = report.donated and not report.not_reused and report.crossed == ()
-    advice = (
-        "All donated arguments are reused, in their order: these are XLA's own."
-        if sound
-        else "Donate the arguments, and keep their order in the result. Others are "
-        "XLA's own."
-    )
     names = sorted({x.path for x in found if x.path})
     of = f", among them of {', '.join(names[:3])}" if names else ""
     yield (
         f"{len(found)} copies of buffers as large as parameters, {readable(total)} a "
-        f"call{of}. {advice}"
+        f"call{of}. Donate the arguments, and keep their order in the result. Others "
+        "are XLA's own."
     )
 
 
