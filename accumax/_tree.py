@@ -50,6 +50,11 @@ def dtype_of(x: Any) -> Any:
     return jnp.result_type(x) if isinstance(x, (bool, int, float, complex)) else None
 
 
+def dtypes(tree: PyTree) -> set[str]:
+    """The names of the dtypes of what is differentiable."""
+    return {str(dtype_of(x)) for x in jax.tree.leaves(tree) if is_differentiable(x)}
+
+
 def is_differentiable(x: Any) -> bool:
     dtype = dtype_of(x)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)

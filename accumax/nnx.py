@@ -14,7 +14,7 @@ from ._accumulate import accumulating, flush
 from ._batch.arguments import Places, at, check_argnums, check_places
 from ._flax import statistics as running
 from ._flax.average import ema as ema
-from ._flax.modules import Modules, check_some, momenta_of
+from ._flax.modules import Modules, check_function, check_some, momenta_of
 from ._step import Step
 from ._train_step import apply_gradients
 from ._types import ArrayLike, PyTree, Schedule
@@ -191,8 +191,7 @@ def train_step(
     >>> print(model.mean[...])  # 0.99 * 0 + 0.01 * the mean of all four
     [0.03 0.04]
     """
-    if not callable(loss_fn):
-        raise TypeError(f"{loss_fn=} must be a function (model, *args) -> loss.")
+    check_function("loss_fn", loss_fn)
     places = check_places("batch_argnums", batch_argnums)
     run = Step(
         has_aux=has_aux,
@@ -263,8 +262,7 @@ def value_and_grad(
     >>> print(*grads)
     bias kernel
     """
-    if not callable(f):
-        raise TypeError(f"{f=} must be a function (model, *args) -> loss.")
+    check_function("f", f)
     places = check_places("batch_argnums", batch_argnums)
     several = isinstance(argnums, Sequence)
     states = [

@@ -75,7 +75,7 @@ def _():
 
 
 @inside(
-    "`novograd`, `contrib.mechanize` with half-precision parameters",
+    "`novograd`, `contrib.mechanize`, `contrib.galore` with half-precision parameters",
     works="with a note",
 )
 def _():
@@ -90,8 +90,9 @@ def _():
         got, state = accumulated(tx, half)
         assert state.gradient_step == STEPS
         is_exact(got, bare, params=half, dtype=jnp.bfloat16)
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError) as found:
             accumulated(accumulate(bare, K), half)
+        assert any("cast the mean" in x for x in found.value.__notes__)
 
 
 def sam_of_windows(params, calls):

@@ -384,6 +384,35 @@ def test_an_inner_that_changes_the_structure_of_its_state_is_named():
         accumax.apply_gradients(tx, w, tx.init(w), w)
 
 
+@pytest.mark.parametrize("begun", [0, False, 0.0, 1 + 0j])
+@pytest.mark.parametrize("form", ["update", "apply_gradients", "train_step"])
+def test_a_state_that_becomes_a_float_is_not_cut(form, begun):
+    """Each call added 0.3 to an int32 0, and kept 0."""
+
+    def update(updates, state, params=None):
+        return jax.tree.map(lambda u: u * jnp.real(state), updates), state + 0.3
+
+    inner = optax.GradientTransformation(lambda params: jnp.asarray(begun), update)
+    tx, params = accumax.accumulate(inner, every=2), jnp.ones(3)
+
+    def call(params, state):
+        if form == "train_step":
+            return accumax.train_step(lambda p, x: p @ x, tx)(params, state, params)[:2]
+        if form == "apply_gradients":
+            return accumax.apply_gradients(tx, params, state, params)
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    if isinstance(begun, int):
+        with pytest.raises(TypeError, match=r"from (int32|bool) to float32"):
+            jax.jit(call)(params, state)
+        return
+    for _ in range(4):
+        params, state = call(params, state)
+    np.testing.assert_allclose(state.inner_opt_state, begun + 0.6, rtol=1e-6)
+
+
 # Settings of JAX.
 
 

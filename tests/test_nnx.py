@@ -756,3 +756,34 @@ def test_layers_along_another_axis_are_not_taken_for_written():
     assert distance(nnx.as_pure(grads), nnx.as_pure(like)) < 1e-5
     optimizer = optimizer_of(layers, every=1)
     nnx.jit(accumax.nnx.train_step(loss))(layers, optimizer, x)
+
+
+def test_a_method_of_a_module_is_no_loss():
+    """The module would be closed over: no gradient, without a word."""
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.ones(3))
+
+        def loss(self, scale, x):
+            return jnp.mean((x @ self.w[...] * scale) ** 2)
+
+    model = Model()
+    for make in (accumax.nnx.value_and_grad, accumax.nnx.train_step):
+        with pytest.raises(TypeError, match=r"Pass (f|loss_fn)=Model\.loss"):
+            make(model.loss)
+    run = accumax.nnx.value_and_grad(Model.loss, microbatches=2, batch_argnums=2)
+    _, grads = run(model, jnp.float32(2.0), jnp.ones((4, 3)))
+    np.testing.assert_allclose(grads["w"][...], 24 * np.ones(3))
+
+
+def test_running_statistics_in_a_state_have_no_momentum():
+    model = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, rest, x):
+        return jnp.mean(nnx.merge(graphdef, params, rest)(x) ** 2)
+
+    run = accumax.nnx.value_and_grad(loss, microbatches=2, batch_argnums=2)
+    with pytest.raises(ValueError, match="pass the module, not its parts"):
+        run(params, rest, jnp.ones((4, 3)))

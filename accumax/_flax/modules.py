@@ -142,6 +142,23 @@ def _under(i: int, wrt: Any) -> Callable[[tuple, Any], bool]:
     return lambda path, x: path[0] == i and within(path[1:], x)
 
 
+def check_function(name: str, fun: Any) -> None:
+    """Checks that `fun` is a function that gets all modules as arguments.
+
+    Raises:
+      TypeError: it is not.
+    """
+    if not callable(fun):
+        raise TypeError(f"{name}={fun!r} must be a function (model, *args) -> loss.")
+    if isinstance(module := getattr(fun, "__self__", None), nnx.Pytree):
+        called = f"{type(module).__name__}.{fun.__name__}"
+        raise TypeError(
+            f"{name} is a method of a module, so the module is no argument, and is "
+            f"not differentiated. Pass {name}={called}, and the module as the first "
+            "argument."
+        )
+
+
 def check_some(state: Any, module: Any, wrt: Any) -> None:
     if not jax.tree.leaves(state):
         raise ValueError(
@@ -156,6 +173,9 @@ def momenta_of(nodes: Any, statistics: PyTree) -> tuple[float, ...]:
         return ()
     modules = {tuple(map(str, path)): x for path, x in nnx.iter_graph(nodes)}
     remedy = "Give that module an attribute `momentum`, as nnx.BatchNorm has"
+    holders = [modules.get(path) for path in running.pairs(statistics)]
+    if not all(isinstance(x, nnx.Module) for x in holders):
+        remedy = "An nnx.State does not hold it: pass the module, not its parts"
 
     def momentum(path: tuple[str, ...]) -> Any:
         return getattr(modules.get(path), "momentum", None)

@@ -18,6 +18,13 @@ from .checks import is_near
 # Extra arguments of Optax's own transformations, anywhere in a chain.
 OF_OPTAX = frozenset({"value", "grad", "value_fn"})
 
+_OTHER_DTYPES = (
+    "accumax gives the inner transformation a mean in {}, which no parameter has. If "
+    "it needs gradients in the dtype of the parameters (optax.novograd, "
+    "contrib.mechanize and contrib.galore do), cast the mean: accumulate(optax.chain("
+    "optax.stateless(lambda g, p: optax.tree.cast_like(g, p)), inner), every)."
+)
+
 
 class Inner(NamedTuple):
     """A transformation, and which extra arguments it takes.
@@ -62,10 +69,26 @@ class Inner(NamedTuple):
         extra_args: dict[str, Any],
     ) -> PyTree:
         """Returns the shapes and dtypes of the updates for gradients like `grads`."""
-        updates = functools.partial(self.update, **extra_args)
-        new_updates, new_state = jax.eval_shape(updates, grads, inner_state, params)
-        check_kept(inner_state, new_state)
-        return new_updates
+        updated = functools.partial(self.updated, extra_args=extra_args)
+        return jax.eval_shape(updated, grads, inner_state, params)[0]
+
+    def updated(
+        self,
+        grads: PyTree,
+        inner_state: Any,
+        params: PyTree,
+        extra_args: dict[str, Any],
+    ) -> tuple[PyTree, Any]:
+        """Runs `update`. The new state has the dtypes of the old one."""
+        try:
+            found = self.update(grads, inner_state, params, **extra_args)
+        except TypeError as error:
+            dtypes = _tree.dtypes(grads) - _tree.dtypes(params)
+            if params is not None and dtypes:
+                error.add_note(_OTHER_DTYPES.format(", ".join(sorted(dtypes))))
+            raise
+        _check_kept(inner_state, found[1])
+        return found[0], _tree.cast_like(found[1], inner_state)
 
     def check_state(self, inner_state: Any, like: PyTree) -> None:
         """Checks that `inner_state` is one for parameters with the shapes of `like`.
@@ -211,11 +234,11 @@ class Inner(NamedTuple):
                 )
 
 
-def check_kept(old: PyTree, new: PyTree) -> None:
-    """Checks that the new state of a transformation has the structure of the old one.
+def _check_kept(old: PyTree, new: PyTree) -> None:
+    """Checks that the new state of a transformation can be stored in place of the old.
 
     Raises:
-      TypeError: it has another.
+      TypeError: it has another structure, or floats where `init` gave integers.
     """
     got, gave = jax.tree.structure(old), jax.tree.structure(new)
     if gave != got:
@@ -224,6 +247,23 @@ def check_kept(old: PyTree, new: PyTree) -> None:
             f"{got} to {gave}, which no branch or loop of JAX can do. Put it around "
             "the accumulate, or give its init what its update needs."
         )
+    leaves = jax.tree_util.tree_leaves_with_path(old)
+    for (path, before), after in zip(leaves, jax.tree.leaves(new), strict=True):
+        if _kind(before) < _kind(after):
+            raise TypeError(
+                f"The inner transformation turns {jax.tree_util.keystr(path)} of its "
+                f"state from {_tree.dtype_of(before)} to {_tree.dtype_of(after)}. A "
+                "state keeps the dtypes of init, so the number would be cut. Let init "
+                "give it the dtype that update does."
+            )
+
+
+def _kind(x: Any) -> int:
+    """The place of its dtype in the order bool, integer, float, complex."""
+    if (dtype := _tree.dtype_of(x)) is None:
+        return 0
+    kinds = jnp.integer, jnp.floating, jnp.complexfloating
+    return next((n for n, k in enumerate(kinds, 1) if jnp.issubdtype(dtype, k)), 0)
 
 
 def _is_masked(state: Any) -> bool:

@@ -14,7 +14,7 @@ from .._sums import Accumulator, Sums, check_weight
 from .._types import ArrayLike, PyTree, Schedule
 from .._xla.varying import zeros
 from .checks import check_averaged, check_length, check_state
-from .inner import Inner, check_kept
+from .inner import Inner
 from .measure import Measure
 from .state import AccumulateState, Progress, gradient_of
 
@@ -149,9 +149,7 @@ class Window:
         `like` has the shapes of all gradients: zeros stand for those without a sum.
         """
         grads = _tree.fill(grads, like, zeros)
-        updates, new_state = self.inner.update(grads, inner_state, params, **extra_args)
-        check_kept(inner_state, new_state)
-        return updates, _tree.cast_like(new_state, inner_state)
+        return self.inner.updated(grads, inner_state, params, extra_args)
 
     def check_names(self, extra_args: dict[str, Any], strict: bool = False) -> None:
         """Runs `Inner.check_names` for a call of this accumulate."""
