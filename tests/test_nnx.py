@@ -787,3 +787,54 @@ def test_running_statistics_in_a_state_have_no_momentum():
     run = accumax.nnx.value_and_grad(loss, microbatches=2, batch_argnums=2)
     with pytest.raises(ValueError, match="pass the module, not its parts"):
         run(params, rest, jnp.ones((4, 3)))
+
+
+class Stat(nnx.Variable):
+    pass
+
+
+class Calibrated(nnx.Module):
+    """A layer with variables that hold trees, as qwix's have."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+        self.affine = nnx.Param({"scale": jnp.ones((1, 2)), "shift": jnp.zeros((1, 2))})
+        self.seen = Stat({"count": jnp.zeros((), jnp.int32), "sum": jnp.zeros(())})
+
+    def __call__(self, x):
+        seen, affine = self.seen.get_value(), self.affine.get_value()
+        self.seen.set_value({"count": seen["count"] + 1, "sum": seen["sum"] + x.sum()})
+        return self.linear(x) * affine["scale"] + affine["shift"]
+
+
+@pytest.mark.parametrize("size", [8, 2, 3])
+@pytest.mark.parametrize("form", ["value_and_grad", "train_step", "update"])
+def test_a_variable_may_hold_a_tree(form, size):
+    def loss(model, x):
+        return jnp.mean((model(x) - 1) ** 2)
+
+    x, sgd = jnp.arange(24.0).reshape(8, 3) / 8, optax.sgd(0.1)
+    want, model = Calibrated(), Calibrated()
+    nnx.Optimizer(want, sgd, wrt=nnx.Param).update(want, nnx.grad(loss)(want, x))
+    optimizer = accumax.nnx.Optimizer(model, sgd, wrt=nnx.Param, every=1)
+    options = {"microbatch_size": size}
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        if form == "train_step":
+            accumax.nnx.train_step(loss, **options)(model, optimizer, x)
+            return
+        if form == "value_and_grad":
+            _, grads = accumax.nnx.value_and_grad(loss, **options)(model, x)
+        else:
+            grads = nnx.grad(loss)(model, x)
+        optimizer.update(model, grads)
+
+    step(model, optimizer, x)
+    got, expected = (pure(nnx.state(m, nnx.Param)) for m in (model, want))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    seen = model.seen.get_value()
+    divided = form != "update"
+    assert seen["count"] == (-(-8 // size) if divided else 1)
+    np.testing.assert_allclose(seen["sum"], x.sum(), rtol=1e-6)

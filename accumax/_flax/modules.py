@@ -38,6 +38,8 @@ class Modules:
         self.graphdef, *lives, statistics, rest = nnx.split(
             self.nodes, *self.filters, nnx.BatchStat, ...
         )
+        # What a variable holds may be a tree: here the tree ends, there it begins.
+        self.boxes = tuple(map(jax.tree.structure, (*lives, statistics, rest)))
         for place in self.places:
             call[place] = None
         for (place, i), state in zip(self.live.items(), lives, strict=True):
@@ -59,8 +61,9 @@ class Modules:
             lives = [nnx.State({i: call[place]}) for place, i in self.live.items()]
 
             def called(lives: list[nnx.State]) -> tuple[Any, list[nnx.State]]:
-                lives = jax.tree.map(lambda x: x, lives)  # `fun` may write to it
-                nodes = nnx.merge(self.graphdef, *lives, given.statistics, rest)
+                # New variables, to which `fun` may write, of this trace.
+                states = map(_box, self.boxes, (*lives, given.statistics, rest))
+                nodes = nnx.merge(self.graphdef, *states)
                 after = call | dict(zip(self.places, nodes, strict=True))
                 named = {name: after[name] for name in kwargs}
                 out = fun(*(after[n] for n in range(len(args))), **named)
@@ -90,8 +93,13 @@ class Modules:
         """Writes the last state to the modules; returns the rows of the call."""
         momenta = momenta_of(self.nodes, self.statistics)
         statistics, rest, rows = handing.settle(carried, momenta, taken)
-        nnx.update(self.nodes, statistics, rest)
+        nnx.update(self.nodes, *map(_box, self.boxes[-2:], (statistics, rest)))
         return rows
+
+
+def _box(box: Any, state: PyTree) -> Any:
+    """The values of a state, in variables as they were where `box` is from."""
+    return box.unflatten(jax.tree.leaves(state))
 
 
 def _same(before: list[Any], after: list[nnx.State]) -> bool:
