@@ -556,3 +556,22 @@ def test_a_conditional_that_is_no_more_is_told_although_nothing_is_found():
     report = accumax.audit(step, *args, donate_argnums=(0, 1))
     assert report.conditionals == (1, 0)
     assert "conditionals that became selects: 1" in str(report)
+
+
+@pytest.mark.parametrize("flag", ["jax_disable_jit", "jax_debug_nans"])
+def test_flags_of_debugging_do_not_change_what_is_compiled(flag):
+    """JAX unrolls loops without jit, and donates nothing where it checks for NaN."""
+    tx, step = accumulated(microbatch_size=2)
+
+    def make_step(size):
+        divided = accumax.value_and_grad(loss_fn, microbatch_size=size)
+        return divided, (SHAPES, X)
+
+    def figures():
+        report = report_of(step, tx)
+        plan = accumax.plan(make_step, batch_size=8, memory_limit="1GiB")
+        return report.memory, report.warnings, plan.peak_bytes
+
+    want = figures()
+    with getattr(jax, flag.removeprefix("jax_"))(True):
+        assert figures() == want

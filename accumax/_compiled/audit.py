@@ -18,7 +18,7 @@ from .findings import (
     copies,
     discarded,
 )
-from .peak import sizes_of
+from .peak import sizes_of, without_debugging
 from .report import Audit, Kind, Live, Memory, said
 
 _LARGEST = 12  # buffers of the peak that are kept
@@ -143,7 +143,8 @@ def _compile(
             f"fun is jitted already, and donate_argnums={donate}, "
             f"static_argnums={static} were passed. Pass them to jax.jit."
         )
-    with warnings.catch_warnings():  # the report says it, with the paths
+    # The report says of donation what the warning does, with the paths.
+    with warnings.catch_warnings(), without_debugging():
         warnings.filterwarnings("ignore", message="Some donated buffers")
         lowered = _of_jax(jitted.lower(*args, **kwargs))
     return lowered, lowered.compile()

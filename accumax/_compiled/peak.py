@@ -1,6 +1,7 @@
 """The memory that one compiled step takes."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +79,15 @@ def _lowered(step: Any, size: int) -> jax.stages.Lowered:
             "or a jax.stages.Compiled."
         )
     fun, args = step
-    return (fun if hasattr(fun, "lower") else jax.jit(fun)).lower(*args)
+    with without_debugging():
+        return (fun if hasattr(fun, "lower") else jax.jit(fun)).lower(*args)
+
+
+@contextlib.contextmanager
+def without_debugging() -> Iterator[None]:
+    """Lowers what a training runs: these flags unroll loops, and donate nothing."""
+    with jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+        yield
 
 
 class Sizes(NamedTuple):

@@ -232,7 +232,19 @@ def holes(trees: Mapping[str, PyTree]) -> list[str]:
 
 
 def numbers(x: Any) -> np.ndarray:
-    """The real numbers of an array, (n,) float64."""
+    """The real numbers of an array, (n,) float64.
+
+    Raises:
+      ValueError: it is spread over processes.
+    """
+    if isinstance(x, jax.Array) and not (
+        x.is_fully_addressable or x.is_fully_replicated
+    ):
+        raise ValueError(
+            f"{describe(x)} is spread over processes, and no process can read all of "
+            "it. Pass what jax.experimental.multihost_utils.process_allgather(tree, "
+            "tiled=True) gives, or compare in one process."
+        )
     x = np.asarray(x)
     if np.iscomplexobj(x):
         x = np.stack([x.real, x.imag])
