@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import weakref
 from typing import Any
 
 import jax
@@ -284,18 +285,19 @@ def accumulating(
         )
     length = _check_every(every)
     try:
-        hash((tx, length))
-    except TypeError:
+        update = _wrapped.get((tx, length))
+    except TypeError:  # it has no hash
         return accumulate(tx, length)
-    return _wrapped(tx, length)
+    if update is not None:
+        return _Accumulate(update.args[0].init, update)
+    made = accumulate(tx, length)
+    _wrapped[tx, length] = made.update
+    return made
 
 
-@functools.lru_cache(maxsize=8)
-def _wrapped(
-    tx: optax.GradientTransformation, every: int | Schedule
-) -> optax.GradientTransformationExtraArgs:
-    """One for the same arguments, so that two train states have one structure."""
-    return accumulate(tx, every)
+# One `update` for the same arguments, so that two train states have one structure. It
+# is here as long as a state has it: an optimizer may hold arrays as large as the model.
+_wrapped: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
 
 
 def _check_every(every: Any) -> Any:

@@ -69,9 +69,7 @@ def differentiable(tree: PyTree) -> PyTree:
         return x if is_differentiable(x) else None
 
     def in_module(x: Any) -> Any:
-        # Under jit, a Python number is an array of weak type.
-        number = not hasattr(x, "dtype") or getattr(x, "weak_type", False)
-        return x if is_differentiable(x) and not number else None
+        return x if is_differentiable(x) and hasattr(x, "dtype") else None
 
     return jax.tree.map(live, tree, is_leaf=_is_module)
 
@@ -275,6 +273,7 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
         for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_module)
         if _is_module(x)
     )
+    within = tuple(module + sign for module in modules for sign in ".[")
     unused = {
         jax.tree_util.keystr(path)
         for path, x in jax.tree_util.tree_leaves_with_path(expected, is_leaf=_is_hole)
@@ -283,7 +282,7 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
     for path, x in live.items():
         if x is None or want.get(path) is not None or path in unused:
             continue
-        if not path.startswith(modules):
+        if not path.startswith(within):
             raise ValueError(
                 f"{name}{path} is {describe(x)}; {expected_name} has nothing to "
                 f"differentiate there, only at {_paths(want)}. Remove it, or "

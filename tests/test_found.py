@@ -1,5 +1,8 @@
 """What 0.1.0 got wrong, or took without a word. Each of these failed before."""
 
+import gc
+from typing import Any, NamedTuple
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -71,6 +74,84 @@ def test_a_state_of_a_part_of_a_module_says_what_is_trained():
         new, *_ = step(model, state, x)
         np.testing.assert_array_equal(new.second.scale, model.second.scale)
         assert distance(new.first.scale, model.first.scale) > 0.05
+
+
+class Scaled(eqx.Module):
+    w: Any
+    scale: Any
+
+    def __call__(self, x):
+        return x @ self.w * self.scale
+
+
+FORMS = ["update", "apply_gradients", "train_step", "train_step_divided"]
+
+
+def after_a_window(form, tx, model, state, x, jit):
+    """Two calls of two rows each, in any form."""
+
+    def grad(model, x):
+        return eqx.filter_grad(module_loss)(model, x)
+
+    def update(model, state, x):
+        params = eqx.filter(model, eqx.is_inexact_array)
+        updates, state = tx.update(grad(model, x), state, params)
+        return eqx.apply_updates(model, updates), state
+
+    options = {"microbatch_size": 1} if form == "train_step_divided" else {}
+    train_step = accumax.train_step(module_loss, tx, **options)
+    step = {
+        "update": update,
+        "apply_gradients": lambda model, state, x: accumax.apply_gradients(
+            tx, model, state, grad(model, x)
+        ),
+    }.get(form, lambda *args: train_step(*args)[:2])
+    for rows in (x[:2], x[2:]):
+        model, state = jit(step)(model, state, rows)
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("jit", [eqx.filter_jit, lambda f: f], ids=["jit", "eager"])
+@pytest.mark.parametrize(
+    "scale",
+    [jnp.asarray(0.2), jnp.asarray([0.2, 0.2, 0.2]), np.float32(0.2), 0.2, None],
+    ids=["weak", "strong", "numpy", "number", "none"],
+)
+def test_the_arrays_of_an_equinox_module_are_trained(form, jit, scale):
+    """jnp.asarray(0.2) is of weak type, and was taken for a Python number."""
+    model = Scaled(jnp.full((3, 3), 0.5), jnp.ones(3) if scale is None else scale)
+    if scale is None:  # it stays as it is
+        model = eqx.tree_at(lambda m: m.scale, model, replace_fn=np.ones_like)
+    x = jnp.arange(12.0).reshape(4, 3) / 10
+    adam = optax.adam(0.1)
+    trained = eqx.filter(model, eqx.is_inexact_array)
+    if scale is None:
+        trained = Scaled(trained.w, None)
+    tx = accumax.accumulate(adam, 2)
+    got = after_a_window(form, tx, model, jit(tx.init)(trained), x, jit)
+
+    def of_trained(trained):
+        return module_loss(eqx.combine(trained, model), x)
+
+    updates, _ = adam.update(jax.grad(of_trained)(trained), adam.init(trained), trained)
+    want = eqx.apply_updates(model, updates)
+    assert distance(got.w, want.w) < 1e-6 < distance(got.w, model.w)
+    assert distance(got.scale, want.scale) < 1e-6
+    moved = not isinstance(scale, float | None)
+    assert (distance(got.scale, model.scale) > 0.05) == moved
+
+
+def test_a_gradient_beside_a_module_of_a_name_that_begins_alike_is_an_error():
+    class Params(NamedTuple):
+        net: Any
+        net_scale: Any
+
+    net = Norm(jnp.ones(3), None)
+    tx = accumax.accumulate(SGD, 1)
+    params = Params(net, jnp.ones(2))
+    with pytest.raises(ValueError, match=r"grads\.net_scale is"):
+        tx.update(params, tx.init(Params(net, None)), params)
 
 
 def test_the_python_numbers_of_other_trees_are_parameters():
@@ -500,6 +581,72 @@ def test_a_check_for_leaks_finds_none_and_nothing_falls_back():
         for options in ({}, {"microbatch_size": 2}):
             step = accumax.train_step(scanned_loss, tx, **options)
             jax.jit(step)(w, tx.init(w), x)
+
+
+SLICES = {
+    "static": lambda w: w[:2],
+    "strided": lambda w: w[::2],
+    "row": lambda w: w[1],
+    "dynamic": lambda w: lax.dynamic_slice_in_dim(w, 1, 2),
+    "split": lambda w: jnp.split(w, 2)[0],
+    "jit": jax.jit(lambda w: w[:2]),
+    "checkpoint": jax.checkpoint(lambda w: w[:2]),
+    "cond": lambda w: lax.cond(w.sum() > 0, lambda w: w[:2], lambda w: w[2:], w),
+    "scan": lambda w: lax.scan(lambda c, _: (c + w[:2].sum(), None), 0.0, None, 2)[0],
+    "cast": lambda w: w.astype(jnp.bfloat16)[:2].astype(jnp.float32),
+    "none": lambda w: w,
+}
+
+
+@pytest.mark.parametrize("kind", SLICES)
+@pytest.mark.parametrize("form", ["train_step", "divided", "grad", "weighted"])
+def test_a_loss_that_slices_leaks_neither_a_trace_nor_what_it_captures(form, kind):
+    """JAX 0.10 never frees a trace that raised, and each trace had one that did."""
+    x, w, table = jnp.ones((4, 3)), jnp.ones((3, 6)), jnp.ones((4, 6))
+    tx, weighted = accumax.accumulate(SGD, 2), form == "weighted"
+
+    def run():
+        captured = jnp.ones((12345,))
+
+        def loss(params, x):
+            w, table = params
+            each = jnp.tanh(x @ w).sum() + SLICES[kind](table).sum() + captured.sum()
+            return (each, jnp.float32(len(x))) if weighted else each
+
+        if form == "grad":
+            jax.jit(accumax.grad(loss, microbatch_size=2))((w, table), x)
+            return
+        options = {"microbatch_size": 2} if form == "divided" else {}
+        step = accumax.train_step(loss, tx, weighted=weighted, **options)
+        jax.jit(step)((w, table), tx.init((w, table)), x)
+
+    run()
+    jax.clear_caches()
+    gc.collect()
+    assert not any(a.shape == (12345,) for a in jax.live_arrays())
+    with jax.checking_leaks():
+        run()
+
+
+@pytest.mark.parametrize("every", [4, lambda step: 4], ids=["number", "schedule"])
+def test_an_optimizer_that_is_wrapped_is_not_kept(every):
+    """Its functions may hold arrays as large as the model."""
+
+    def create():
+        anchor = jnp.ones((12345,))
+        near = optax.stateless(lambda u, p: jax.tree.map(lambda a: a + anchor[0], u))
+        tx = optax.chain(near, SGD)
+        made = [
+            accumax.linen.TrainState.create(
+                apply_fn=None, params={"w": jnp.ones(2)}, tx=tx, every=every
+            )
+            for _ in range(2)
+        ]
+        assert jax.tree.structure(made[0]) == jax.tree.structure(made[1])
+
+    create()
+    gc.collect()
+    assert not any(a.shape == (12345,) for a in jax.live_arrays())
 
 
 def test_an_update_of_the_big_batch_is_the_same_as_before():

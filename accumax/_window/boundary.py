@@ -63,9 +63,16 @@ def update(
     with jax.named_scope("accumax.boundary"):
         emitted, inner_state, square = lax.cond(applies, emit, hold, operand)
     if jax.tree.structure(emitted) == jax.tree.structure(grads):
-        emitted = _tree.restore(emitted, updates)
+        emitted = _tree.fill(emitted, updates, _not_trained)
     measures = measure.measured(state, sums, noise, applies, devices, square)
     return emitted, window.next(state, sums, inner_state, progress, applies, measures)
+
+
+def _not_trained(gradient: Any) -> Any:
+    """The update where the state has no sum: of an integer, or in an Equinox module."""
+    if _tree.is_differentiable(gradient):
+        return _tree.minus_zeros_like(jnp.asarray(gradient))
+    return gradient
 
 
 def flush(

@@ -46,6 +46,19 @@ def sliced(program: Any) -> set[int]:
     return found
 
 
+def sliced_in_place(program: Any) -> set[int]:
+    """Returns the inputs that JAX before 0.11 fails to add a slice's gradient into.
+
+    Those of slices at fixed places, but of none in a `jax.checkpoint`.
+    """
+    found = set()
+    kinds = range(len(program.invars))
+    for eqn, operands in _walk(program, kinds, lambda eqn: "prevent_cse" in eqn.params):
+        if eqn.primitive.name == "slice":
+            found |= _inputs(operands[:1])
+    return found
+
+
 def unsafe_refs(program: Any, ported: set[int]) -> set[int]:
     """Returns `ported` and all other inputs of a linear program that need a port.
 
@@ -209,10 +222,12 @@ def _eqns(jaxpr: Any) -> Iterator[Any]:
             yield from _eqns(inner)
 
 
-def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:
+def _walk(
+    jaxpr: Any, kinds: Any, skips: Callable[[Any], bool] = lambda eqn: False
+) -> Iterator[tuple[Any, list[Any]]]:
     """Yields each equation, at any depth, with the kinds of its operands.
 
-    `kinds` has the kind of each input.
+    `kinds` has the kind of each input; what `skips` is true for is not entered.
 
     Raises:
       ValueError: an equation passes its operands to an inner jaxpr in an unknown way.
@@ -226,12 +241,12 @@ def _walk(jaxpr: Any, kinds: Any) -> Iterator[tuple[Any, list[Any]]]:
             begin = eqn.params["num_consts"]
             end = begin + eqn.params["num_carry"]
             inside[begin:end] = [_COMPUTED] * (end - begin)
-        for inner in inner_jaxprs(eqn):
+        for inner in () if skips(eqn) else inner_jaxprs(eqn):
             # A loop or a call passes on all operands, a conditional the last ones.
             skipped = len(inside) - len(inner.invars)
             if skipped < 0:
                 raise ValueError(f"{eqn.primitive} hands on more than it was given.")
-            yield from _walk(inner, inside[skipped:])
+            yield from _walk(inner, inside[skipped:], skips)
         if any(kind is not None for kind in operands):
             known |= dict.fromkeys(eqn.outvars, _COMPUTED)
 

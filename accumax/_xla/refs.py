@@ -17,7 +17,7 @@ from jax.core import Tracer
 from .._tree import strong
 from .._types import PyTree
 from .chains import Chain, may_move, moves, run, value
-from .jaxprs import of_linear_program, sliced, unsafe_refs
+from .jaxprs import of_linear_program, sliced, sliced_in_place, unsafe_refs
 from .loops import at_most_once, reset
 from .programs import join_arrays, program_of, run_isolated, split_arrays
 from .varying import on_mesh_of, typed_like, zeros
@@ -293,10 +293,17 @@ def _ports(
         return unsafe_refs(program, ported) if _MISPLACES else ported
 
     if _MISPLACES:
-        unsafe = found(lambda program: safe(program, outside()))
-        if unsafe != outside():
-            _warn_of_ports(params, {i for i in unsafe if ports[i] == _NO})
-        ports = with_outside(unsafe)
+        # An attempt that fails is never freed: JAX holds on to a trace that raised.
+        slices: set[int] = set()
+
+        def ask(program: Any) -> set[int]:
+            slices.update(sliced_in_place(program))
+            return unsafe_refs(program, outside() | slices)
+
+        ported = found(ask)
+        if wrong := ported - slices - outside():
+            _warn_of_ports(params, wrong)
+        ports = with_outside(ported)
     yield ports
     more = found(lambda program: safe(program, outside() | sliced(program)))
     if more != outside():  # else the same ports again
