@@ -13,7 +13,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
 # Modules of the package that no row runs.
-INSTRUMENTS = "_compiled", "_testing", "audit", "plan", "testing"
+INSTRUMENTS = "_testing", "plan", "testing"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import accuracy
 import adama
+import audited
 import devices
 import flax_states
 import floors
@@ -157,6 +158,7 @@ def compiled_jobs(on: devices.Device, target: str, scale: Scale) -> list[Job]:
             "flax": lambda: flax_states.rows(on, target),
             "losses": lambda: losses.rows(on, target),
             "weighted": lambda: weighted.rows(on, target),
+            f"audit/{target}": lambda: audited.rows(on, target),
         }
         if target == "tpu":
             claims["offload"] = lambda: offload.rows(on, target)

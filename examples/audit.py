@@ -17,11 +17,11 @@ each program in audit.png:
                                    MultiSteps     by hand     accumax whole batch
     memory of the step                  19.74       18.73       17.15       59.10 MiB
       temporary part of it               9.40       10.97        6.81       51.34 MiB
-    copies of a parameter's size           12           4           0           2
+    copies of a parameter's size           30           4           0           3
     AdamW's work, kept by a flag         5.13        0.00        0.00        0.00 MiB
-    off the big batch's update by     2.1e-06     2.1e-06     2.1e-06     0.0e+00
+    off the big batch's update by     3.2e-06     3.2e-06     3.2e-06     0.0e+00
 
-On a CPU, MultiSteps copies its accumulator in each call, and computes AdamW in each to
+On a CPU, MultiSteps copies AdamW's moments in each call, and computes AdamW in each to
 throw it away in seven of eight.
 """
 
