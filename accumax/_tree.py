@@ -43,6 +43,8 @@ def _is_hole(x: Any) -> bool:
 
 def dtype_of(x: Any) -> Any:
     """The dtype of an array, a `ShapeDtypeStruct` or a Python number; else None."""
+    if isinstance(x, type):  # np.float32 itself has a `dtype`, as its instances have
+        return None
     if hasattr(x, "dtype") and hasattr(x, "shape"):  # neither a dtype nor a Flax module
         # The dtype in JAX: without x64, a NumPy float64 becomes a float32.
         extended = jnp.issubdtype(x.dtype, jax.dtypes.extended)  # PRNG keys
@@ -243,6 +245,11 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
     got = _by_path(tree)
     live = _by_path(differentiable(tree))
     want = _by_path(expected)
+    modules = tuple(
+        jax.tree_util.keystr(path)
+        for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_module)
+        if _is_module(x)
+    )
     for path, like in want.items():
         if like is None:
             continue
@@ -254,9 +261,16 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
             )
         x = got[path]
         if live.get(path) is None:
+            number = isinstance(x, (int, float, complex))
+            got_there = f"the Python number {x}" if number else describe(x)
+            hint = (
+                " Under jax.jit the Python numbers of an Equinox module are arrays: "
+                "use eqx.filter_jit for tx.init, as for the step."
+            )
             raise TypeError(
-                f"{name}{path} is {describe(x)}; {expected_name} has {describe(like)} "
+                f"{name}{path} is {got_there}; {expected_name} has {describe(like)} "
                 "there. Pass a floating-point array of that shape."
+                f"{hint if number and modules else ''}"
             )
         if np.shape(x) != like.shape:
             raise ValueError(
@@ -268,11 +282,6 @@ def check_like(name: str, tree: PyTree, expected: PyTree, expected_name: str) ->
                 f"{name}{path} is {describe(x)}; {expected_name} has {describe(like)} "
                 "there. Take its real part."
             )
-    modules = tuple(
-        jax.tree_util.keystr(path)
-        for path, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_module)
-        if _is_module(x)
-    )
     within = tuple(module + sign for module in modules for sign in ".[")
     unused = {
         jax.tree_util.keystr(path)

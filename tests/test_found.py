@@ -142,6 +142,45 @@ def test_the_arrays_of_an_equinox_module_are_trained(form, jit, scale):
     assert (distance(got.scale, model.scale) > 0.05) == moved
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.ndarray, jax.Array, jnp.bfloat16])
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_class_of_arrays_is_no_array(kind, size):
+    """np.float32 has a `dtype` and a `shape`: descriptors."""
+
+    class Cast(eqx.Module):
+        w: jax.Array
+        dtype: Any
+
+    def loss(module, x, dtype):
+        assert module.dtype is dtype
+        return jnp.mean((x @ module.w) ** 2)
+
+    module, x = Cast(jnp.ones(3), kind), jnp.ones((4, 3))
+    tx = accumax.accumulate(SGD, 1)
+    step = accumax.train_step(loss, tx, microbatch_size=size)
+    new, *_ = eqx.filter_jit(step)(module, tx.init(module), x, kind)
+    assert new.dtype is kind
+    np.testing.assert_allclose(new.w, -5 * np.ones(3))
+
+
+def test_a_number_of_a_module_that_jit_made_an_array_is_named():
+    module = Norm(jnp.ones(3))
+    tx = accumax.accumulate(SGD, 1)
+    with pytest.raises(
+        TypeError, match=r"params\.eps is the Python number 0\.01.*filter"
+    ):
+        accumax.apply_gradients(tx, module, jax.jit(tx.init)(module), module)
+
+
+@pytest.mark.parametrize("make", [optax.adam, optax.lion, optax.rmsprop])
+def test_what_an_optimizer_lacks_for_float8_is_said(make):
+    w = jnp.ones(3, jnp.float8_e4m3fn)
+    tx = accumax.accumulate(make(0.1), 1)
+    with pytest.raises(ValueError, match="promotion") as found:
+        accumax.apply_gradients(tx, w, tx.init(w), w)
+    assert "cast the mean" in found.value.__notes__[0]
+
+
 def test_a_gradient_beside_a_module_of_a_name_that_begins_alike_is_an_error():
     class Params(NamedTuple):
         net: Any

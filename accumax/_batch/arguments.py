@@ -237,7 +237,8 @@ def warn_of_rows(
         before = isinstance(place, int) and place < first
         if before and not hasattr(tree, "shape"):
             continue
-        shapes = [np.shape(x) for x in jax.tree.leaves(tree) if np.shape(x)]
+        leaves = [x for x in jax.tree.leaves(tree) if not isinstance(x, type)]
+        shapes = [np.shape(x) for x in leaves if np.shape(x)]
         if shapes and all(shape[0] == rows for shape in shapes):
             warnings.warn(
                 f"Argument {place!r} is {_tree.outline(tree)}, with as many rows as "

@@ -82,7 +82,7 @@ class Inner(NamedTuple):
         """Runs `update`. The new state has the dtypes of the old one."""
         try:
             found = self.update(grads, inner_state, params, **extra_args)
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # of promotion, too
             dtypes = _tree.dtypes(grads) - _tree.dtypes(params)
             if params is not None and dtypes:
                 error.add_note(_OTHER_DTYPES.format(", ".join(sorted(dtypes))))
