@@ -81,8 +81,13 @@ class Instruction:
 
     @property
     def is_apart(self) -> bool:
-        """Whether its result is never where an operand is."""
-        return self.op in _APART or "kind=kInput" in self.attributes
+        """Whether its result is never where an operand is.
+
+        Of fusions, those of a reduction, and XLA:CPU's of a product. A product that is
+        Triton's may be added where its sum is.
+        """
+        fused = "kind=kInput", '"__ynn_fusion"'
+        return self.op in _APART or any(kind in self.attributes for kind in fused)
 
     @property
     def aliases(self) -> list[tuple[list[int], int, list[int]]]:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import jax
+
 from .findings import Collective, Copy, Discarded
 from .limit import readable
 
@@ -184,7 +186,7 @@ def _page(report: Audit) -> Iterator[str]:
         yield f"  {readable(x.bytes):>12}  {x.kind:16}{x.type:22}{made}"
     yield ""
     yield from _list_donations(report)
-    yield from _list_copies(report)
+    yield from _list_copies(report.copies)
     yield from _list_collectives(report.collectives)
     yield from _list_discarded(report)
     yield ""
@@ -203,17 +205,9 @@ def _list_donations(report: Audit) -> Iterator[str]:
         yield f"donation: {count} donated and not reused, {crossed} crossed"
 
 
-def _in_order(report: Audit) -> bool:
-    """Whether all that is donated is reused by its new value; then copies are XLA's."""
-    right = report.donated and not (report.not_donated or report.not_reused)
-    return right and report.crossed == ()
-
-
-def _list_copies(report: Audit) -> Iterator[str]:
-    found = report.copies
+def _list_copies(found: tuple[Copy, ...]) -> Iterator[str]:
     certain = [x for x in found if x.certain]
-    whose = ", XLA's own: donation is right" if certain and _in_order(report) else ""
-    yield f"copies as large as a parameter: {len(certain)}{whose}"
+    yield f"copies as large as a parameter: {len(certain)}"
     for x in certain[:8]:
         what = x.path or x.scope or "XLA's own"
         yield f"  {_times(x.times):>4} x {readable(x.bytes):>12}  {x.where:8}{what}"
@@ -256,9 +250,16 @@ def _list_discarded(report: Audit) -> Iterator[str]:
         )
 
 
+_DEBUGGED = (
+    " Under jax_debug_nans JAX donates nothing in a function that was called: audit it "
+    "without that flag, in a new process."
+)
+
+
 def said(report: Audit) -> Iterator[str]:
     """The warnings of a report."""
     memory = report.memory
+    flags: Any = jax.config
     if (
         not report.donated
         and memory.output
@@ -268,6 +269,7 @@ def said(report: Audit) -> Iterator[str]:
             f"Nothing is donated: {readable(memory.output)} of outputs exist beside "
             "the arguments. If they are new parameters and a new optimizer state, pass "
             "donate_argnums for the old ones to jax.jit; a gradient is not."
+            f"{_DEBUGGED if flags.jax_debug_nans else ''}"
         )
     elif report.not_donated:
         yield (
@@ -306,14 +308,22 @@ def said(report: Audit) -> Iterator[str]:
 def _of_copies(report: Audit) -> Iterator[str]:
     found = [x for x in report.copies if x.certain and x.where != "branch"]
     total = sum(x.bytes * (x.times or 1) for x in found)
-    if total <= SMALL * (report.memory.arguments or 0) or _in_order(report):
+    if total <= SMALL * (report.memory.arguments or 0):
         return
+    donated = report.donated and not (report.not_donated or report.not_reused)
+    advice = (
+        "Donated arguments are reused, in their order. XLA copies a value that is read "
+        "after its new one is written, and values that change places; some copies are "
+        "its own."
+        if donated and report.crossed == ()
+        else "Donate the arguments, and keep their order in the result. Others are "
+        "XLA's own."
+    )
     names = sorted({x.path for x in found if x.path})
     of = f", among them of {', '.join(names[:3])}" if names else ""
     yield (
         f"{len(found)} copies of buffers as large as parameters, {readable(total)} a "
-        f"call{of}. Donate the arguments, and keep their order in the result. Others "
-        "are XLA's own."
+        f"call{of}. {advice}"
     )
 
 
