@@ -284,15 +284,12 @@ def accumulating(
             "Pass one or the other."
         )
     length = _check_every(every)
-    try:
-        update = _wrapped.get((tx, length))
-    except TypeError:  # it has no hash
-        return accumulate(tx, length)
-    if update is not None:
-        return _Accumulate(update.args[0].init, update)
     made = accumulate(tx, length)
-    _wrapped[tx, length] = made.update
-    return made
+    try:
+        update = _wrapped.setdefault((tx, length), made.update)
+    except TypeError:  # it has no hash
+        return made
+    return _Accumulate(update.args[0].init, update)
 
 
 # One `update` for the same arguments, so that two train states have one structure. It

@@ -113,6 +113,21 @@ def shards(tree: Any) -> dict[str, np.ndarray]:
     }
 
 
+def check_that_parts_are_not_read(tree: Any) -> None:
+    """`check_update` names what a process cannot read, and reads what it can."""
+    import jax
+    import pytest
+
+    from accumax._testing.evidence import numbers
+
+    for x in jax.tree.leaves(tree):
+        if x.is_fully_addressable or x.is_fully_replicated:
+            assert numbers(x).shape == (x.size,)
+            continue
+        with pytest.raises(ValueError, match="process_allgather"):
+            numbers(x)
+
+
 def work(flags: argparse.Namespace) -> None:
     """One process of a run: from the newest checkpoint to the end."""
     # If nobody is left who would kill it.
@@ -199,6 +214,7 @@ def work(flags: argparse.Namespace) -> None:
             may_die("write")
         manager.wait_until_finished()
         np.savez(flags.folder / f"end{me}.npz", **shards(now))
+    check_that_parts_are_not_read(now)
     if processes > 1:
         jax.distributed.shutdown()
 

@@ -770,8 +770,9 @@ def test_a_method_of_a_module_is_no_loss():
 
     model = Model()
     for make in (accumax.nnx.value_and_grad, accumax.nnx.train_step):
-        with pytest.raises(TypeError, match=r"Pass (f|loss_fn)=Model\.loss"):
-            make(model.loss)
+        for loss in (model.loss, jax.jit(model.loss), functools.partial(model.loss)):
+            with pytest.raises(TypeError, match=r"Pass (f|loss_fn)=Model\.loss"):
+                make(loss)
     run = accumax.nnx.value_and_grad(Model.loss, microbatches=2, batch_argnums=2)
     _, grads = run(model, jnp.float32(2.0), jnp.ones((4, 3)))
     np.testing.assert_allclose(grads["w"][...], 24 * np.ones(3))

@@ -1,5 +1,6 @@
 """Splits the NNX modules among the arguments of a call, and merges them again."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -158,6 +159,7 @@ def check_function(name: str, fun: Any) -> None:
     """
     if not callable(fun):
         raise TypeError(f"{name}={fun!r} must be a function (model, *args) -> loss.")
+    fun = inspect.unwrap(getattr(fun, "func", fun))  # of a partial, of `jax.jit`
     if isinstance(module := getattr(fun, "__self__", None), nnx.Pytree):
         called = f"{type(module).__name__}.{fun.__name__}"
         raise TypeError(

@@ -238,7 +238,8 @@ def _check_kept(old: PyTree, new: PyTree) -> None:
     """Checks that the new state of a transformation can be stored in place of the old.
 
     Raises:
-      TypeError: it has another structure, or floats where `init` gave integers.
+      TypeError: it has another structure, or a dtype of a higher kind, such as floats
+        where `init` gave integers.
     """
     got, gave = jax.tree.structure(old), jax.tree.structure(new)
     if gave != got:
@@ -251,9 +252,10 @@ def _check_kept(old: PyTree, new: PyTree) -> None:
     for (path, before), after in zip(leaves, jax.tree.leaves(new), strict=True):
         if _kind(before) < _kind(after):
             raise TypeError(
-                f"The inner transformation turns {jax.tree_util.keystr(path)} of its "
-                f"state from {_tree.dtype_of(before)} to {_tree.dtype_of(after)}. A "
-                "state keeps the dtypes of init, so the number would be cut. Let init "
+                "The inner transformation turns "
+                f"{jax.tree_util.keystr(path) or 'the leaf'} of its state from "
+                f"{_tree.dtype_of(before)} to {_tree.dtype_of(after)}. A state keeps "
+                "the dtypes of init, so what that cannot hold would be lost. Let init "
                 "give it the dtype that update does."
             )
 

@@ -47,7 +47,7 @@ def sliced(program: Any) -> set[int]:
 
 
 def sliced_in_place(program: Any) -> set[int]:
-    """Returns the inputs that JAX before 0.11 fails to add a slice's gradient into.
+    """Returns the inputs into which JAX before 0.11 may fail to add a gradient.
 
     Those of slices at fixed places, but of none in a `jax.checkpoint`.
     """
