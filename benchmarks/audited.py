@@ -29,10 +29,8 @@ def rows(on: Device, target: str, width: float = 1) -> list[Row]:
         steps = peers.steps(model)
         for name in FORMS:
             form, count = steps[name]
-            n, *shape = model.x.shape
-            x = jax.ShapeDtypeStruct((count * n, *shape), model.x.dtype)
             state = jax.eval_shape(form.init, model.params)
-            step = programs.lowered(form, model.params, state, x, on)
+            step = programs.lowered(form, model.params, state, model.batch(count), on)
             memory = accumax.audit(step.compile(compiler_options=haste)).memory
             case = f"audit/{target}/{model.name}/{name}"
             ratio = memory.peak / (memory.total or 0)

@@ -97,8 +97,7 @@ def figures(
         if name not in steps or name == "keras":
             continue  # this Optax has none, or it would take the memory here
         form, count = steps[name]
-        rows, *shape = model.x.shape
-        x = jax.ShapeDtypeStruct((count * rows, *shape), model.x.dtype)
+        x = model.batch(count)
         try:
             found[name] = compiled(form, model.params, x, on, True, least)
         except (ValueError, TypeError, NotImplementedError) as error:

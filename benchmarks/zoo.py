@@ -51,6 +51,10 @@ class Model:
     weighted: Callable[[Any, jax.Array], tuple[jax.Array, jax.Array]] | None = None
     best: Callable[[Any, jax.Array], jax.Array] | None = None
 
+    def batch(self, microbatches: int) -> jax.ShapeDtypeStruct:
+        rows, *shape = self.x.shape
+        return array(microbatches * rows, *shape, dtype=self.x.dtype)
+
     def trained_by(self, optimizer: str) -> "Model":
         return dataclasses.replace(
             self, inner=OPTIMIZERS[optimizer], optimizer=optimizer

@@ -259,7 +259,7 @@ _DEBUGGED = (
 def said(report: Audit) -> Iterator[str]:
     """The warnings of a report."""
     memory = report.memory
-    flags: Any = jax.config
+    debugs = jax.config.jax_debug_nans  # pyright: ignore[reportAttributeAccessIssue]
     if (
         not report.donated
         and memory.output
@@ -269,7 +269,7 @@ def said(report: Audit) -> Iterator[str]:
             f"Nothing is donated: {readable(memory.output)} of outputs exist beside "
             "the arguments. If they are new parameters and a new optimizer state, pass "
             "donate_argnums for the old ones to jax.jit; a gradient is not."
-            f"{_DEBUGGED if flags.jax_debug_nans else ''}"
+            f"{_DEBUGGED if debugs else ''}"
         )
     elif report.not_donated:
         yield (

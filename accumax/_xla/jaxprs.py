@@ -39,11 +39,8 @@ def of_linear_program(
 
 def sliced(program: Any) -> set[int]:
     """Returns the inputs that a linear program slices, at any depth."""
-    found = set()
-    for eqn, kinds in _walk(program, range(len(program.invars))):
-        if eqn.primitive.name in ("slice", "dynamic_slice"):
-            found |= _inputs(kinds[:1])
-    return found
+    equations = _walk(program, range(len(program.invars)))
+    return _read_first(equations, "slice", "dynamic_slice")
 
 
 def sliced_in_place(program: Any) -> set[int]:
@@ -51,12 +48,15 @@ def sliced_in_place(program: Any) -> set[int]:
 
     Those of slices at fixed places, but of none in a `jax.checkpoint`.
     """
-    found = set()
     kinds = range(len(program.invars))
-    for eqn, operands in _walk(program, kinds, lambda eqn: "prevent_cse" in eqn.params):
-        if eqn.primitive.name == "slice":
-            found |= _inputs(operands[:1])
-    return found
+    equations = _walk(program, kinds, lambda eqn: "prevent_cse" in eqn.params)
+    return _read_first(equations, "slice")
+
+
+def _read_first(equations: Iterable[tuple[Any, list[Any]]], *names: str) -> set[int]:
+    """The inputs that are the first operand of a primitive of these names."""
+    found = [x for eqn, x in equations if eqn.primitive.name in names]
+    return _inputs([kinds[0] for kinds in found])
 
 
 def unsafe_refs(program: Any, ported: set[int]) -> set[int]:
